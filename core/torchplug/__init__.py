@@ -1,0 +1,12 @@
+"""torchplug trains PyTorch models with a small core and with plugins that do everything else."""
+
+from torchplug.data import DataModule
+from torchplug.hookspecs import hookimpl
+from torchplug.members import PluginError
+from torchplug.module import Module
+from torchplug.run import Run
+from torchplug.seed import seed_everything
+from torchplug.trainer import Trainer
+
+__all__ = ["DataModule", "Module", "PluginError", "Run", "Trainer", "hookimpl", "seed_everything"]
+__version__ = "0.1.0"

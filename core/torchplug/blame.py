@@ -1,0 +1,69 @@
+"""Who was at fault: found from frames only when something went wrong, so that it costs nothing until then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchplug.members import Member
+
+__all__ = ["add_note", "also", "blame", "caller"]
+
+logger = logging.getLogger("torchplug")
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Adds a line to what is printed with ``error``; Python 3.10, which prints no notes, gets it as a log line."""
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), text]
+        logger.error("%s: %s", type(error).__name__, text)
+
+
+def also(first: BaseException, later: BaseException) -> None:
+    """Groups a later error under the first one, with its traceback, so that it neither replaces it nor is lost."""
+    if later is first:
+        return
+    text = "".join(traceback.format_exception(type(later), later, later.__traceback__)).rstrip()
+    add_note(first, "while this error was handled, another one came up:\n" + text)
+
+
+def _culprit(frames: Iterable[FrameType], members: Iterable[Member]) -> tuple[Member, str] | None:
+    """The member whose hook is in the first of ``frames`` that belongs to a hook."""
+    by_code: dict[object, list[tuple[Member, str]]] = {}
+    for member in members:
+        for code, hook in member.codes.items():
+            by_code.setdefault(code, []).append((member, hook))
+    for frame in frames:
+        for member, hook in by_code.get(frame.f_code, []):
+            if frame.f_locals.get(frame.f_code.co_varnames[0]) is member.plugin:
+                return member, hook
+    return None
+
+
+def blame(error: BaseException, members: Iterable[Member], rank: int) -> None:
+    """Notes on ``error`` the plugin, package, version, hook and rank it came from, if it came from a hook."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = _culprit(reversed(frames), members)
+    if found is not None:
+        member, hook = found
+        add_note(error, f"raised by {member.label} in {hook}, rank {rank}")
+
+
+def caller(members: Iterable[Member]) -> str:
+    """The name of the plugin whose hook is running now, empty outside of hooks."""
+
+    def up() -> Iterator[FrameType]:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+    found = _culprit(up(), members)
+    return found[0].name if found else ""

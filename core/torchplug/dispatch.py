@@ -1,0 +1,106 @@
+"""From pluggy's ordered implementations to plain calls, once per run.
+
+pluggy owns registration, validation, ordering, wrappers and ``firstresult``. What the loop calls is one plain function
+for each hook, so that a hook nobody listens to costs an empty call and a listener costs one more call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import pluggy
+
+from torchplug.blame import also
+from torchplug.hookspecs import Hooks
+from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member, PluginError
+
+__all__ = ["Manager", "dispatch", "register"]
+
+
+class Manager(pluggy.PluginManager):
+    """pluggy's manager for `Member` objects: which methods are hooks is known already."""
+
+    def __init__(self) -> None:
+        super().__init__("torchplug")
+        self.add_hookspecs(Hooks)
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        options = plugin.hooks.get(name)
+        if options is None:
+            return None
+        defaults = {"hookwrapper": False, "optionalhook": False, "tryfirst": False, "trylast": False, "specname": None}
+        return {**defaults, **options}
+
+
+def register(members: Iterable[Member]) -> Manager:
+    """A manager in which the hooks of ``members`` are called in the order given."""
+    manager = Manager()
+    for member in reversed(list(members)):  # pluggy calls the last registered first
+        try:
+            manager.register(member, member.name)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"{member.label}: {error}") from None
+    return manager
+
+
+def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:
+    """One plain callable per hook; the events (not the operations) pass over the members in ``deaf``."""
+    hooks = Hooks()
+    for name, parameters in PARAMETERS.items():
+        caller = getattr(manager.hook, name)
+        if deaf and name not in OPERATIONS:
+            caller = manager.subset_hook_caller(name, deaf)
+        implementations = list(reversed(caller.get_hookimpls()))
+        if name in CLOSING:
+            function = _reaching_all(parameters, implementations)
+        elif any(implementation.wrapper for implementation in implementations):
+            function = _through_pluggy(name, parameters, caller)
+        else:
+            function = _plain(name, parameters, implementations)
+        setattr(hooks, name, function)
+    return hooks
+
+
+def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
+    """A function that calls the implementations one after the other with just the arguments that they name."""
+    if len(implementations) == 1 and implementations[0].argnames == parameters:
+        return implementations[0].function
+    lines = [f"def {name}({', '.join(parameters)}):", "    pass"]
+    for i, implementation in enumerate(implementations):
+        call = f"call_{i}({', '.join(implementation.argnames)})"
+        if name in OPERATIONS:
+            lines += [f"    answer = {call}", "    if answer is not None:", "        return answer"]
+        else:
+            lines.append(f"    {call}")
+    namespace: dict[str, Any] = {f"call_{i}": each.function for i, each in enumerate(implementations)}
+    exec(compile("\n".join(lines), f"<torchplug dispatch of {name}>", "exec"), namespace)
+    function: Callable[..., Any] = namespace[name]
+    return function
+
+
+def _through_pluggy(name: str, parameters: tuple[str, ...], caller: Any) -> Callable[..., Any]:
+    """pluggy's own call, which knows what wrappers need; it takes keywords only."""
+    keywords = ", ".join(f"{parameter}={parameter}" for parameter in parameters)
+    function: Callable[..., Any] = eval(f"lambda {', '.join(parameters)}: caller({keywords})", {"caller": caller})
+    return function
+
+
+def _reaching_all(parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
+    """Calls every implementation, the last plugin first; the first error is raised when all were called."""
+    calls = [(each.function, [parameters.index(name) for name in each.argnames]) for each in reversed(implementations)]
+
+    def closing(*args: Any) -> None:
+        first: BaseException | None = None
+        for function, positions in calls:
+            try:
+                function(*(args[position] for position in positions))
+            except BaseException as error:
+                if first is None:
+                    first = error
+                else:
+                    also(first, error)
+        if first is not None:
+            raise first
+
+    return closing

@@ -1,0 +1,339 @@
+"""The loop: a run, its epochs, its batches, as free functions that read like the picture in `hookspecs.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchplug.blame import add_note, also, blame
+from torchplug.data import batch_size
+from torchplug.loss import LossWatch, explain_backward, loss_of
+from torchplug.optimizers import only
+from torchplug.schedule import Limits, Validation, evaluating
+from torchplug.seed import preserved
+
+if TYPE_CHECKING:
+    from torchplug.hookspecs import Hooks
+    from torchplug.members import Member
+    from torchplug.metrics import Results
+    from torchplug.optimizers import Scheduler
+    from torchplug.run import Run
+
+__all__ = ["conduct", "evaluate", "fit", "predict", "train_batch", "update"]
+
+
+def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[], Any]) -> Any:
+    """Does ``work`` and, whatever comes of it, tells every plugin that it is over; the first error is raised."""
+    failure: BaseException | None = None
+    result = None
+
+    def told(call: Callable[..., None], *arguments: Any) -> BaseException | None:
+        """Makes a closing call; an error in it becomes the failure, or is grouped under the one there is."""
+        try:
+            call(run, *arguments)
+        except BaseException as error:
+            blame(error, members, run.rank)
+            if failure is None:
+                return error
+            also(failure, error)
+        return failure
+
+    try:
+        result = work()
+    except BaseException as error:
+        failure = error
+        blame(error, members, run.rank)
+        where = run.position
+        add_note(error, f"while in stage {where.stage or run.work}: epoch {where.epoch}, batch {where.batch}, step {where.step}")
+        if _out_of_memory(error):
+            told(hooks.on_out_of_memory, error)
+        told(hooks.on_exception, error)
+    if run.work == "fit":
+        failure = told(hooks.on_fit_end, failure)
+    failure = told(hooks.teardown, run.work)
+    failure = told(hooks.on_run_end, _status(run, failure))
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        failure = None  # a traceback that holds its own frame would keep everything alive
+    return result
+
+
+def _status(run: Run, failure: BaseException | None) -> str:
+    if isinstance(failure, KeyboardInterrupt):
+        return "interrupted"
+    if failure is not None:
+        return "failed"
+    return "stopped" if run.stop_reason else "finished"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+# ---------------------------------------------------------------------- fit
+
+
+def fit(run: Run, hooks: Hooks) -> None:
+    """Trains until a limit is reached or somebody asked to stop."""
+    hooks.on_fit_start(run)
+    validation, limits, watch = Validation(run), Limits(run), LossWatch(run)
+    if validation.enabled and run.options.num_sanity_val_steps:
+        hooks.on_sanity_start(run)
+        with preserved(*run.loaders["validate"]), run.metrics.unseen():
+            hooks.evaluate(run, "sanity")
+        hooks.on_sanity_end(run)
+    with run.metrics.open("train"):
+        run.position.stage = "train"
+        hooks.on_train_start(run)
+        while not limits.reached():
+            train_epoch(run, hooks, validation, limits, watch)
+        watch.conclude()
+        _record(run, hooks, run.metrics.step_record())
+        run.metrics.finish()  # what an epoch that was stopped in the middle had added up
+        hooks.on_train_end(run)
+        _record(run, hooks, run.metrics.record())
+    run.position.stage = ""
+
+
+def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, watch: LossWatch) -> None:
+    """One epoch: its batches, the validations that fall into it, its end."""
+    position, metrics, every = run.position, run.metrics, run.options.log_every_n_steps
+    position.batch, run.is_last_batch, first_step = 0, False, position.step
+    hooks.on_train_epoch_start(run)
+    metrics.batches()
+    for batch in islice(run.loaders["train"][0], run.limits["train"][0]):
+        batch_idx, step = position.batch, position.step
+        limits.open_window(batch_idx)
+        batch = hooks.move_batch(run, batch)
+        size = metrics.size = batch_size(batch)
+        hooks.on_train_batch_start(run, batch, batch_idx)
+        outputs = hooks.train_batch(run, batch, batch_idx)
+        if position.micro_step >= watch.due:
+            watch.look(outputs)
+        position.batch += 1
+        position.micro_step += 1
+        position.samples += size
+        run.is_last_batch = position.batch == run.num_batches
+        hooks.on_train_batch_end(run, outputs, batch, batch_idx)
+        batch = outputs = None  # nothing is held while the next one is fetched
+        if position.step != step and position.step % every == 0:
+            _record(run, hooks, metrics.step_record())
+        if validation.due_after_batch():
+            hooks.evaluate(run, "validate")
+        if run.window_ends and limits.stop():
+            break
+    else:
+        limits.exhausted()
+        if any(run.contributions):  # the last window was shorter than the loader's length promised
+            _end_window(run, hooks)
+    if not run.is_last_batch:
+        return
+    if validation.due_after_epoch():
+        hooks.evaluate(run, "validate")
+    limits.check_progress(first_step)
+    metrics.finish()
+    metrics.complete = validation.happened or not validation.enabled
+    for scheduler in run.schedulers:
+        if scheduler.interval == "epoch" and (position.epoch + 1) % scheduler.frequency == 0:
+            _step_scheduler(run, hooks, scheduler)
+    hooks.on_train_epoch_end(run)
+    _record(run, hooks, metrics.record())
+    position.epoch += 1
+
+
+def train_batch(run: Run, hooks: Hooks, batch: Any, batch_idx: int) -> Any:
+    """Core's answer to the operation of this name: forward, backward and, at the end of a window, the update."""
+    if not run.module.automatic_optimization:
+        return hooks.train_step(run, batch, batch_idx, 0)
+    if len(run.optimizers) == 1:
+        return _train_with(run, hooks, batch, batch_idx, 0)
+    outputs = []
+    for index, optimizer in enumerate(run.optimizers):
+        with only(optimizer, run.optimizers):
+            outputs.append(_train_with(run, hooks, batch, batch_idx, index))
+    return outputs
+
+
+def _train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -> Any:
+    """One batch with one optimizer."""
+    outputs = hooks.train_step(run, batch, batch_idx, index)
+    loss = outputs if isinstance(outputs, Tensor) else loss_of(run, outputs)
+    closure = None
+    if loss is None:
+        run.say_once("training_step returned None: the batch is skipped (return the loss to train on it)")
+        hooks.on_step_skipped(run, "training_step returned None")
+    else:
+        _backward(run, hooks, loss, index)
+        run.contributions[index] += 1
+        if run.closures[index]:
+            closure = _reevaluation(run, hooks, batch, batch_idx, index, loss)
+    if run.window_ends and run.contributions[index]:
+        _end_window_of(run, hooks, index, closure)
+    return outputs
+
+
+def _backward(run: Run, hooks: Hooks, loss: Tensor, index: int) -> None:
+    hooks.on_before_backward(run, loss)
+    try:
+        hooks.backward(run, loss if run.window == 1 else loss / run.window, run.optimizers[index])
+    except RuntimeError as error:
+        explain_backward(run, loss, error)
+        raise
+    hooks.on_after_backward(run)
+
+
+def _end_window(run: Run, hooks: Hooks) -> None:
+    """Ends a window after its last batch is gone."""
+    for index, contributions in enumerate(run.contributions):
+        if contributions:
+            _end_window_of(run, hooks, index, None)
+
+
+def _end_window_of(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
+    """The update at the end of an accumulation window, and what follows it."""
+    optimizer = run.optimizers[index]
+    contributions, run.contributions[index] = run.contributions[index], 0
+    if contributions != run.window:  # batches were skipped, or there were fewer than expected: a true mean all the same
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(run.window / contributions)
+    updated = update(run, hooks, index, closure)
+    hooks.on_before_zero_grad(run, optimizer)
+    hooks.zero_grad(run, optimizer)
+    if updated:
+        for scheduler in run.step_schedulers:
+            if scheduler.optimizer is optimizer and run.optimizer_steps[index] % scheduler.frequency == 0:
+                _step_scheduler(run, hooks, scheduler)
+
+
+def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> bool:
+    """One optimizer step with the hooks around it; False when it was skipped."""
+    optimizer = run.optimizers[index]
+    hooks.on_before_optimizer_step(run, optimizer)
+    hooks.clip_gradients(run, optimizer)
+    if hooks.optimizer_step(run, optimizer, closure) is False:
+        hooks.on_step_skipped(run, "the gradients were not finite; the loss scale was lowered")
+        return False
+    run.optimizer_steps[index] += 1
+    if run.counted != run.position.micro_step:  # a batch with several optimizers is one step
+        run.counted = run.position.micro_step
+        run.position.step += 1
+    hooks.on_after_optimizer_step(run, optimizer)
+    return True
+
+
+def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int, loss: Tensor) -> Callable[[], Tensor]:
+    """The closure of an optimizer that evaluates the loss several times; the first answer is known already."""
+    known = [loss]
+
+    def closure() -> Tensor:
+        if known:
+            return known.pop()
+        with torch.enable_grad():
+            hooks.zero_grad(run, run.optimizers[index])
+            again = loss_of(run, hooks.train_step(run, batch, batch_idx, index))
+            if again is None:
+                raise ValueError("training_step returned None while the optimizer evaluated the loss again")
+            _backward(run, hooks, again, index)
+        return again
+
+    return closure
+
+
+def _step_scheduler(run: Run, hooks: Hooks, scheduler: Scheduler) -> None:
+    if hooks.scheduler_step(run, scheduler) is not False:
+        hooks.on_scheduler_step(run, scheduler)
+
+
+def _record(run: Run, hooks: Hooks, metrics: dict[str, float]) -> None:
+    """Hands values to the loggers, if there are any."""
+    if metrics:
+        where = run.position
+        hooks.log_metrics(run, metrics, where.stage, where.step, where.epoch, where.samples, run.seconds)
+
+
+# ---------------------------------------------------------------------- validate, test, predict
+
+
+class _Evaluation(NamedTuple):
+    """The hooks of one kind of evaluation."""
+
+    start: Callable[[Run], None]
+    epoch_start: Callable[[Run], None]
+    batch_start: Callable[[Run, Any, int, int], None]
+    step: Callable[[Run, Any, int, int], Any]
+    batch_end: Callable[[Run, Any, Any, int, int], None]
+    epoch_end: Callable[[Run], None]
+    end: Callable[[Run], None]
+
+
+def _evaluation(hooks: Hooks, stage: str) -> _Evaluation:
+    if stage == "test":
+        return _Evaluation(
+            hooks.on_test_start, hooks.on_test_epoch_start, hooks.on_test_batch_start, hooks.test_step,
+            hooks.on_test_batch_end, hooks.on_test_epoch_end, hooks.on_test_end,
+        )  # fmt: skip
+    if stage == "predict":
+        return _Evaluation(
+            hooks.on_predict_start, hooks.on_predict_epoch_start, hooks.on_predict_batch_start, hooks.predict_step,
+            hooks.on_predict_batch_end, hooks.on_predict_epoch_end, hooks.on_predict_end,
+        )  # fmt: skip
+    return _Evaluation(
+        hooks.on_validation_start, hooks.on_validation_epoch_start, hooks.on_validation_batch_start, hooks.validation_step,
+        hooks.on_validation_batch_end, hooks.on_validation_epoch_end, hooks.on_validation_end,
+    )  # fmt: skip
+
+
+def evaluate(run: Run, hooks: Hooks, stage: str) -> list[Results]:
+    """Core's answer to the operation of this name: one pass over the loaders of ``stage``, a dict of metrics for each."""
+    return _one_pass(run, hooks, stage, None)
+
+
+def predict(run: Run, hooks: Hooks, keep: bool) -> list[list[Any]] | None:
+    """One pass over the loaders to predict for; what ``predict_step`` returned, batch by batch, if it is to be kept."""
+    kept: list[list[Any]] | None = [[] for _ in run.loaders["predict"]] if keep else None
+    _one_pass(run, hooks, "predict", kept)
+    return kept
+
+
+def _one_pass(run: Run, hooks: Hooks, stage: str, kept: list[list[Any]] | None) -> list[Results]:
+    source = "validate" if stage == "sanity" else stage
+    loaders, metrics, every = run.loaders[source], run.metrics, run.options.log_every_n_steps
+    on = _evaluation(hooks, stage)
+    with evaluating(run, stage), metrics.open(stage, len(loaders)):
+        on.start(run)
+        on.epoch_start(run)
+        for dataloader_idx, loader in enumerate(loaders):
+            metrics.batches(dataloader_idx)
+            count = 0
+            for batch in islice(loader, run.limits[stage][dataloader_idx]):
+                batch = hooks.move_batch(run, batch)
+                metrics.size = batch_size(batch)
+                on.batch_start(run, batch, count, dataloader_idx)
+                outputs = on.step(run, batch, count, dataloader_idx)
+                on.batch_end(run, outputs, batch, count, dataloader_idx)
+                if kept is not None:
+                    kept[dataloader_idx].append(outputs)
+                batch = outputs = None
+                count += 1
+                if count % every == 0 and stage != "sanity":
+                    _record(run, hooks, metrics.step_record())
+            if count == 0:
+                raise ValueError(f"the {source} loader {dataloader_idx} gave no batch; is its data set empty, or used up?")
+        results = metrics.finish()
+        on.epoch_end(run)
+        values = metrics.record()
+        if stage != "sanity":
+            _record(run, hooks, values)
+        on.end(run)
+        late = metrics.record()
+        if stage != "sanity":
+            _record(run, hooks, late)
+    return metrics.complete_results(results, {**values, **late})

@@ -1,0 +1,135 @@
+"""The loss: what a step may return, why a backward pass failed, and a loss that stays NaN."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchplug.run import Run
+
+__all__ = ["LossWatch", "explain_backward", "loss_of"]
+
+PERSISTS = 10  # batches in a row with a loss that is not finite
+
+
+def loss_of(run: Run, outputs: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned, None for a step to be skipped.
+
+    Raises:
+        TypeError: something else than a tensor, a dict or None.
+        ValueError: a dict without ``loss``.
+    """
+    if outputs is None or isinstance(outputs, Tensor):
+        return outputs
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"training_step must return the loss as a tensor, a dict with it under 'loss', or None to skip the batch, "
+            f"got {type(outputs).__name__} {outputs!r}"
+        )
+    if "loss" not in outputs:
+        raise ValueError(f"training_step returned a dict without the key 'loss' (it has: {', '.join(map(str, outputs)) or 'nothing'})")
+    for key in ("log", "progress_bar"):
+        if key in outputs:
+            run.say_once(
+                f"training_step returned a dict with {key!r}, which is not read: only 'loss' is. "
+                "Write self.log(name, value) for what you want to record, with prog_bar=True to show it"
+            )
+    loss = outputs["loss"]
+    if loss is not None and not isinstance(loss, Tensor):
+        raise TypeError(f"training_step must return the loss as a tensor, got {type(loss).__name__} {loss!r} under 'loss'")
+    return loss
+
+
+def explain_backward(run: Run, loss: Tensor, error: RuntimeError) -> None:
+    """Raises in clear words what torch's error about the loss means, if it is about the loss.
+
+    Raises:
+        ValueError: the loss is not a single number, or it depends on no parameter.
+    """
+    if loss.numel() != 1:
+        raise ValueError(
+            f"training_step must return a loss that is one number, got a tensor of shape {tuple(loss.shape)}; reduce it, for example with .mean()"
+        ) from error
+    if not loss.requires_grad:
+        raise ValueError(
+            "training_step returned a loss without a gradient: it depends on no parameter that is trained. Was it computed under "
+            "torch.no_grad(), from .detach() or .item(), or are all parameters frozen?"
+        ) from error
+
+
+class LossWatch:
+    """Looks at the loss seldom, so that the device is not waited for, and at every batch once it is not finite."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.position = run, run.position
+        self.policy = run.options.nonfinite_loss
+        self.every = run.options.log_every_n_steps
+        self.bad = 0  # batches in a row
+        self.since = 0  # the step at which the first of them was seen
+        self.value = 0.0
+        self.next = self.every - 1
+        self.due: float = math.inf if self.policy == "ignore" else min(self.next, self._to_the_last())
+
+    def _to_the_last(self) -> float:
+        """How many batches it is to the last one of the epoch, which is always looked at."""
+        return math.inf if self.run.num_batches is None else self.run.num_batches - 1 - self.position.batch
+
+    def look(self, outputs: Any) -> None:
+        """Looks at the loss of a batch and plans the next look.
+
+        Raises:
+            FloatingPointError: it was not finite in `PERSISTS` batches in a row, and the policy is "error".
+        """
+        loss = outputs[-1] if isinstance(outputs, list) and outputs else outputs
+        loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+        micro_step = self.position.micro_step
+        self.next = micro_step + self.every
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.value = float(loss.detach())
+            if math.isfinite(self.value):
+                self.bad = 0
+            else:
+                self._is_bad()
+                self.next = micro_step + 1
+        to_the_last = self._to_the_last()
+        if to_the_last <= 0:
+            to_the_last += self.run.num_batches or 1
+        self.due = min(self.next, micro_step + to_the_last)
+
+    def _is_bad(self) -> None:
+        if self.bad == 0:
+            self.since = self.position.step
+        self.bad += 1
+        if self.policy == "warn":
+            self.run.say_once(self._words(f"the loss is {self.value}"), logging.WARNING)
+        elif self.bad >= PERSISTS:
+            raise FloatingPointError(self._words(f"the loss is {self.value}"))
+
+    def conclude(self) -> None:
+        """At the end of training: a loss or parameters that are not finite are no success.
+
+        Raises:
+            FloatingPointError: one of them is not finite, and the policy is "error".
+        """
+        if self.policy != "error":
+            return
+        if self.bad:
+            raise FloatingPointError(self._words(f"the loss is {self.value}"))
+        trained = [(name, p) for name, p in self.run.module.named_parameters() if p.requires_grad and p.numel()]
+        if trained:
+            finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained]).tolist()
+            names = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
+            if names:
+                raise FloatingPointError(self._words(f"parameters are nan or infinite at the end of training ({', '.join(names[:5])})"))
+
+    def _words(self, what: str) -> str:
+        return (
+            f"{what} (seen first at step {self.since or self.position.step}, now at step {self.position.step}): lower the learning rate, "
+            "clip gradients with gradient_clip_val, or find its origin with detect_anomaly=True; nonfinite_loss='warn' goes on all the same"
+        )

@@ -1,0 +1,404 @@
+"""From ``self.log`` to step values, epoch values and monitored values, without waiting for the device.
+
+A logged value stays where it is until somebody needs a number: a logger at a logging step, the progress display, a
+monitor. Epoch means are weighted by batch size and summed in float64 (float32 where the device has no more), `FOLD`
+values at a time and on the CPU in the order in which they came, so that they equal the plain sum of a hand-written loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchplug.options import closest
+
+if TYPE_CHECKING:
+    from torchplug.run import Position
+
+__all__ = ["Metrics", "MissingMetric", "Reading", "Results"]
+
+FOLD = 64
+REDUCTIONS = ("mean", "sum", "min", "max")
+
+
+class MissingMetric(KeyError):
+    """A metric that nobody logged; the message lists those that there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Results(dict[str, float]):
+    """Metric values by name; a wrong name is answered with the names that there are."""
+
+    def __missing__(self, name: str) -> float:
+        raise MissingMetric(missing(name, self))
+
+
+def missing(name: str, names: Any) -> str:
+    """What is said of a metric that is not there."""
+    there = ", ".join(sorted(names)) or "none"
+    return f"no metric {name!r} was logged{closest(name, names)}; there are: {there}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A monitored value and when it was computed; ``serial`` grows with each new value of any metric."""
+
+    value: float
+    step: int
+    epoch: int
+    serial: int
+
+
+@dataclass(slots=True)
+class _Published:
+    """The latest value under a name; a tensor until somebody reads it."""
+
+    value: Tensor | float
+    step: int
+    epoch: int
+    serial: int
+    prog_bar: bool
+
+
+class _Series:
+    """One logged name during one pass over the data."""
+
+    __slots__ = (
+        "everything", "fork", "last", "logger", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
+        "reduce", "source", "total", "unsent", "weight", "weights",
+    )  # fmt: skip
+
+    def __init__(self, name: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
+        self.name, self.options, self.on_step, self.on_epoch = name, options, on_step, on_epoch
+        self.prog_bar, self.logger, self.reduce = options[0], options[1], options[4]
+        self.fork = on_step and on_epoch
+        self.last: Any = None
+        self.unsent = False
+        self.pending: list[Any] = []
+        self.weights: list[int] = []
+        self.total: Tensor | None = None
+        self.weight = 0
+        self.everything: list[Tensor] = []
+        self.source: Any = None  # an object with update / compute / reset
+
+    def fold(self) -> None:
+        """Adds the pending values to the total."""
+        tensors = [_tensor(value) for value in self.pending]
+        values = torch.stack([tensor.to(tensors[-1].device) for tensor in tensors])
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        if callable(self.reduce):
+            self.everything.append(values)
+        elif self.reduce in ("min", "max"):
+            if self.total is not None:
+                values = torch.cat((self.total.view(1), values))
+            self.total = values.min() if self.reduce == "min" else values.max()
+        else:
+            if self.reduce == "mean":
+                values = values * torch.tensor(self.weights, dtype=values.dtype, device=values.device)
+                self.weight += sum(self.weights)
+            if self.total is not None:
+                values = torch.cat((self.total.view(1), values))
+            # cumsum adds in order on the CPU; elsewhere it is not deterministic, and sum is
+            self.total = values.cumsum(0)[-1] if values.device.type == "cpu" else values.sum()
+        self.pending.clear()
+        self.weights.clear()
+
+    def result(self) -> Tensor | float | None:
+        """The epoch value, None if nothing was logged. Begins anew."""
+        if self.source is not None:
+            value: Any = self.source.compute()
+            self.source.reset()
+            return value.detach() if isinstance(value, Tensor) else float(value)
+        if self.pending:
+            self.fold()
+        total, weight, everything = self.total, self.weight, self.everything
+        self.total, self.weight, self.everything = None, 0, []
+        if callable(self.reduce):
+            return self.reduce(torch.cat(everything)) if everything else None  # type: ignore[no-any-return]
+        if total is None:
+            return None
+        return total / weight if self.reduce == "mean" else total
+
+
+@dataclass
+class _Pass:
+    """What is logged during one pass over the data of a stage."""
+
+    stage: str
+    in_batches: bool = False  # between the first and the last batch: what is logged then is accumulated
+    loader: int = 0
+    loaders: int = 1
+    series: dict[str, _Series] = field(default_factory=dict)
+    by_loader: list[dict[str, _Series]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.by_loader = [{} for _ in range(self.loaders)]
+        self.series = self.by_loader[0]
+
+
+class Metrics:
+    """All values of a run. The loop opens passes and asks for records; modules and plugins log and read.
+
+    ``metrics["val_loss"]`` is the latest value as a float, ``fresh`` the way to monitor one.
+    """
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        self.size = 0  # samples in the current batch
+        self.complete = False  # every metric of the run had its chance: a missing one is a mistake
+        self.names: dict[str, None] = {}  # whatever was recorded, in order of appearance
+        self._published: dict[str, _Published] = {}
+        self._unsent: dict[str, None] = {}
+        self._serial = 0
+        self._pass = _Pass("")
+        self._series = self._pass.series
+
+    # ------------------------------------------------------------------ logging
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Tensor], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Records a value under a name; see `torchplug.Module.log`."""
+        if not self._pass.in_batches:
+            self._log_once(name, value, prog_bar, logger is not False, on_step, add_dataloader_idx)
+            return
+        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+        series = self._series.get(name)
+        if series is None:
+            series = self._declare(name, value, options)
+        elif series.options != options:
+            raise ValueError(f"log({name!r}) was called with other arguments before in this epoch; use another name or the same arguments")
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
+            if not enable_graph and value.requires_grad:
+                value = value.detach()
+        elif series.source is not None:
+            series.unsent = True
+            return
+        elif not isinstance(value, (int, float)):
+            self._refuse(name, value)
+        series.last = value
+        series.unsent = True
+        if series.on_epoch:
+            size = self.size if batch_size is None else batch_size
+            if not size and series.reduce == "mean":
+                raise ValueError(f"log({name!r}): the size of the batch is not known; give batch_size=")
+            series.pending.append(value)
+            series.weights.append(size)
+            if len(series.pending) == FOLD:
+                series.fold()
+
+    def _declare(self, name: str, value: Any, options: tuple[Any, ...]) -> _Series:
+        """The first ``log`` of a name in a pass: its arguments are checked once."""
+        _, _, on_step, on_epoch, reduce_fx, _ = options
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name of a metric must be a text, got {name!r}")
+        if not callable(reduce_fx) and reduce_fx not in REDUCTIONS:
+            raise ValueError(f"log({name!r}): reduce_fx must be one of {', '.join(REDUCTIONS)} or a function, got {reduce_fx!r}")
+        training = self._pass.stage == "train"
+        on_step = training if on_step is None else on_step
+        on_epoch = (not training) if on_epoch is None else on_epoch
+        if not on_step and not on_epoch:
+            raise ValueError(f"log({name!r}): on_step and on_epoch are both False, so nothing would be recorded")
+        series = _Series(name, options, on_step, on_epoch)
+        if hasattr(value, "compute") and hasattr(value, "reset"):
+            series.source = value
+        self._series[name] = series
+        return series
+
+    def _refuse(self, name: str, value: Any) -> None:
+        raise TypeError(f"log({name!r}) takes a number, a tensor with one element or a metric object, got {type(value).__name__} {value!r}")
+
+    def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None, add_idx: bool) -> None:
+        """A value logged outside of batches is what it is, at once."""
+        if on_step:
+            raise ValueError(f"log({name!r}): on_step=True has no meaning outside of batches; leave it out")
+        if hasattr(value, "compute") and hasattr(value, "reset"):
+            source = value
+            value = source.compute()
+            source.reset()
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
+            value = value.detach()
+        elif not isinstance(value, (int, float)):
+            self._refuse(name, value)
+        self._publish(name, value, prog_bar, logger)
+
+    def _publish(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:
+        self._serial += 1
+        self._published[name] = _Published(value, self.position.step, self.position.epoch, self._serial, prog_bar)
+        if logger:
+            self._unsent[name] = None
+
+    # ------------------------------------------------------------------ passes, driven by the loop
+
+    @contextmanager
+    def open(self, stage: str, loaders: int = 1) -> Iterator[None]:
+        """A pass over the data of ``stage`` inside whatever pass is open; the outer one goes on afterwards."""
+        outer, size = self._pass, self.size
+        self._pass = _Pass(stage, loaders=loaders)
+        self._series = self._pass.series
+        try:
+            yield
+        finally:
+            if stage == "sanity":
+                self._forget()
+            self._pass, self.size = outer, size
+            self._series = outer.series
+
+    def batches(self, loader: int = 0) -> None:
+        """Batches of a loader begin: what is logged from now on is accumulated."""
+        self._pass.in_batches = True
+        self._pass.loader = loader
+        self._series = self._pass.series = self._pass.by_loader[loader]
+
+    def finish(self) -> list[Results]:
+        """Batches are over: epoch values are published and returned, one dict for each loader."""
+        self._pass.in_batches = False
+        results = []
+        for loader, series in enumerate(self._pass.by_loader):
+            values: dict[str, Tensor | float] = {}
+            for each in series.values():
+                if not each.on_epoch:
+                    continue
+                value = each.result()
+                if value is None:
+                    continue
+                name = each.name
+                if self._pass.loaders > 1 and each.options[5]:
+                    name = f"{name}/dataloader_idx_{loader}"
+                sent = each.logger is not False
+                if each.fork:  # the plain name is for monitors, loggers get the two others
+                    self._publish(f"{name}_epoch", value, False, sent)
+                    sent = False
+                self._publish(name, value, each.prog_bar, sent)
+                values[f"{name}_epoch" if each.fork else name] = value
+            results.append(Results(zip(values, read(list(values.values())), strict=True)))
+        return results
+
+    @staticmethod
+    def complete_results(results: list[Results], values: dict[str, float]) -> list[Results]:
+        """``results`` with the values that were logged at the end of the pass, which belong to every loader."""
+        known = {name for each in results for name in each}
+        names = [name for name in values if name.split("/dataloader_idx_")[0] not in known]
+        return [Results({**each, **{name: values[name] for name in names}}) for each in results]
+
+    def step_record(self) -> dict[str, float]:
+        """The step values logged since the last record, read from the device together; they are published too."""
+        for series in self._series.values():
+            if not series.on_step or not series.unsent:
+                continue
+            value = series.source.compute() if series.source is not None else series.last
+            series.unsent = False
+            self._publish(f"{series.name}_step" if series.fork else series.name, value, False, series.logger is not False)
+        return self.record()
+
+    def record(self) -> dict[str, float]:
+        """What was published and not yet handed to loggers."""
+        names = list(self._unsent)
+        self._unsent.clear()
+        values = read([self._published[name].value for name in names])
+        for name, value in zip(names, values, strict=True):
+            self._published[name].value = value
+        self.names.update(dict.fromkeys(names))
+        return dict(zip(names, values, strict=True))
+
+    def _forget(self) -> None:
+        """Nothing of a sanity check stays."""
+        for series in self._pass.by_loader:
+            for each in series.values():
+                if each.source is not None:
+                    each.source.reset()
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Whatever is published inside is forgotten afterwards."""
+        published, unsent, serial = dict(self._published), dict(self._unsent), self._serial
+        try:
+            yield
+        finally:
+            self._published, self._unsent, self._serial = published, unsent, serial
+
+    # ------------------------------------------------------------------ reading
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self._published:
+            raise MissingMetric(missing(name, self._published))
+        entry = self._published[name]
+        entry.value = float(entry.value)
+        return entry.value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._published
+
+    def results(self) -> Results:
+        """The latest value of every metric."""
+        values = read([entry.value for entry in self._published.values()])
+        return Results(zip(self._published, values, strict=True))
+
+    def fresh(self, name: str, seen: int = -1) -> Reading | None:
+        """The value of a monitored metric if there is one newer than the reading with serial ``seen``.
+
+        None means wait: it has not been computed yet, or not again since then.
+
+        Raises:
+            MissingMetric: every metric of the run had its chance, and nobody logged this one.
+        """
+        entry = self._published.get(name)
+        if entry is None:
+            if self.complete:
+                raise MissingMetric(missing(name, self._published))
+            return None
+        if entry.serial <= seen:
+            return None
+        return Reading(self[name], entry.step, entry.epoch, entry.serial)
+
+    def progress(self) -> dict[str, float]:
+        """What was logged with ``prog_bar=True``, read from the device now: call it as seldom as a person looks."""
+        values: dict[str, Any] = {name: entry.value for name, entry in self._published.items() if entry.prog_bar}
+        for series in self._series.values():
+            if series.prog_bar and series.source is None and series.last is not None:
+                values[f"{series.name}_step" if series.fork else series.name] = series.last
+        return dict(zip(values, read(list(values.values())), strict=True))
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """Numbers as floats; tensors of one device come back in one transfer."""
+    result = [value if isinstance(value, Tensor) else float(value) for value in values]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(result):
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(i)
+    for device, places in by_device.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        numbers = torch.stack([_tensor(result[i]).detach().to(wide) for i in places]).tolist()
+        for i, number in zip(places, numbers, strict=True):
+            result[i] = number
+    return result  # type: ignore[return-value]

@@ -1,0 +1,179 @@
+"""What a run knows: position, module, optimizers, metrics, stop requests. Hooks receive it, the loop writes it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchplug.metrics import Metrics
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from torchplug.hookspecs import Hooks
+    from torchplug.module import Module
+    from torchplug.optimizers import ManualOptimizer, Scheduler
+    from torchplug.settings import Settings
+
+__all__ = ["Position", "Run"]
+
+logger = logging.getLogger("torchplug")
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands.
+
+    Args:
+        stage: what the loop is doing: train, sanity, validate, test or predict; empty in between.
+        epoch: index of the current epoch from 0, counted up after ``on_train_epoch_end``.
+        batch: training batches finished in this epoch.
+        step: finished optimizer steps of the run. With several optimizers a batch in which any of them stepped counts once.
+        micro_step: training batches finished in the run.
+        samples: training samples seen in the run.
+    """
+
+    stage: str = ""
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    micro_step: int = 0
+    samples: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """One call of fit, validate, test or predict, as plugins see it.
+
+    A plugin may call the methods, set ``device`` in ``setup``, ``best_path`` and ``last_path`` when it keeps checkpoints,
+    and put lines into ``report``. Everything else is read.
+
+    Args:
+        options: the Trainer's arguments.
+        module: what is trained.
+        datamodule: the data module, if there is one.
+        work: fit, validate, test or predict.
+        id: the same for all processes and loggers of the run.
+        dir: where everything of this run is written.
+        rank: this process among ``world_size``.
+        world_size: processes that take part.
+        device: where module and batches are.
+        optimizers: what ``configure_optimizers`` returned, in order.
+        manual_optimizers: the same for manual optimization: their ``step`` is announced and counted.
+        optimizer_steps: finished steps of each optimizer.
+        schedulers: learning-rate schedulers with their turns.
+        step_schedulers: those among them whose interval is an optimizer step.
+        loaders: the loaders of each stage (train, validate, test, predict).
+        limits: how many batches of each loader are used, None for all.
+        num_batches: training batches in an epoch, None if that is not known.
+        is_last_batch: whether all training batches of the epoch are done: what comes now belongs to the epoch's end.
+        window: batches in the current accumulation window, as far as the loader's length tells.
+        window_ends: whether the current batch ends it.
+        contributions: losses that were added up in the current window, for each optimizer.
+        closures: whether each optimizer evaluates the loss itself.
+        counted: the micro step whose update was counted last.
+        stop_reason: why training was asked to stop, empty if it was not.
+        best_path: the best checkpoint so far.
+        last_path: the newest checkpoint.
+        report: lines that are shown when the run is over, by who wrote them.
+    """
+
+    options: Settings
+    module: Module
+    datamodule: Any = None
+    work: str = "fit"
+    id: str = ""
+    dir: Path = Path()
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    position: Position = field(default_factory=Position)
+    metrics: Metrics = field(init=False)
+    optimizers: list[Optimizer] = field(default_factory=list)
+    optimizer_steps: list[int] = field(default_factory=list)
+    manual_optimizers: list[ManualOptimizer] = field(default_factory=list)
+    schedulers: list[Scheduler] = field(default_factory=list)
+    loaders: dict[str, list[Any]] = field(default_factory=dict)
+    limits: dict[str, list[int | None]] = field(default_factory=dict)
+    num_batches: int | None = None
+    is_last_batch: bool = False
+    window: int = 1
+    window_ends: bool = True
+    contributions: list[int] = field(default_factory=list)
+    closures: list[bool] = field(default_factory=list)
+    step_schedulers: list[Scheduler] = field(default_factory=list)
+    counted: int = -1
+    stop_reason: str = ""
+    best_path: Path | None = None
+    last_path: Path | None = None
+    report: dict[str, str] = field(default_factory=dict)
+    plugin_states: Callable[[], dict[str, Any]] = field(default=dict, repr=False)
+    plugins: dict[str, Any] = field(default_factory=dict)  # what is enabled: name -> object
+    packages: dict[str, str] = field(default_factory=dict)  # name -> distribution and version
+    hooks: Hooks = field(init=False, repr=False)
+    _asking: Callable[[], str] = field(default=str, repr=False)
+    _started: float = field(default_factory=time.perf_counter)
+    _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.position)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run started."""
+        return time.perf_counter() - self._started
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps that this run will take, for schedulers that must know; None if that is open."""
+        options = self.options
+        per_epoch = None if self.num_batches is None else -(-self.num_batches // options.accumulate_grad_batches)
+        by_epochs = None if options.max_epochs is None or per_epoch is None else options.max_epochs * per_epoch
+        limits = [limit for limit in (by_epochs, options.max_steps) if limit is not None]
+        return min(limits) if limits else None
+
+    def request_stop(self, reason: str) -> None:
+        """Asks training to end after the step that is running; ``min_epochs`` and ``min_steps`` are kept."""
+        if self.stop_reason:
+            return
+        self.stop_reason = reason
+        self.hooks.on_stop_requested(self, reason, self._asking())
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """Records a metric; the arguments are those of ``Module.log``."""
+        self.metrics.log(name, value, **options)
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        """Hands a matplotlib figure to the loggers."""
+        self.hooks.log_figure(self, name, figure, self.position.step)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Hands a text to the loggers."""
+        self.hooks.log_text(self, name, text, self.position.step)
+
+    def log_artifact(self, path: str | Path, name: str | None = None) -> None:
+        """Hands a file to the loggers that keep files."""
+        self.hooks.log_artifact(self, Path(path), name or Path(path).name)
+
+    def save_checkpoint(self, path: str | Path, reason: str = "asked for", metrics: dict[str, float] | None = None) -> Path:
+        """Writes the state of the run to ``path`` and tells everybody; returns what was written."""
+        written: Path = self.hooks.save_checkpoint(self, Path(path))
+        self.hooks.on_checkpoint_saved(self, written, metrics or {}, reason)
+        return written
+
+    def remove_checkpoint(self, path: str | Path, reason: str) -> None:
+        """Deletes a checkpoint and tells everybody."""
+        Path(path).unlink(missing_ok=True)
+        self.hooks.on_checkpoint_removed(self, Path(path), reason)
+
+    def say_once(self, text: str, level: int = logging.WARNING) -> None:
+        """A line for the user, once in a run and from one process only."""
+        if text not in self._said and self.rank == 0:
+            self._said.add(text)
+            logger.log(level, text)

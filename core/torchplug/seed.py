@@ -1,0 +1,69 @@
+"""Every random generator of the process: seed them, take their state, put it back."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["generator_state", "preserved", "restore_generators", "seed_everything"]
+
+
+def seed_everything(seed: int) -> int:
+    """Seeds Python, NumPy (if it is loaded) and torch on every device; returns the seed.
+
+    Two runs are equal bit for bit with this, ``Trainer(deterministic=True)`` and the same versions and hardware.
+
+    Raises:
+        ValueError: ``seed`` is not between 0 and 2**32 - 1, which NumPy needs.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an int between 0 and {2**32 - 1}, got {seed!r}")
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of every global generator, as numbers, lists and tensors."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Puts back what `generator_state` took."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def preserved(*loaders: Any) -> Iterator[None]:
+    """Whatever is drawn inside, the global generators and those of ``loaders`` are afterwards as they were before."""
+    state = generator_state()
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    own = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    try:
+        yield
+    finally:
+        restore_generators(state)
+        for generator, before in states:
+            generator.set_state(before)

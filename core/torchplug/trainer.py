@@ -1,0 +1,348 @@
+"""The Trainer: names and options in, a trained module out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchplug import checkpoint, loop
+from torchplug.blame import caller
+from torchplug.dispatch import dispatch, register
+from torchplug.hookspecs import Hooks
+from torchplug.members import Member, PluginError
+from torchplug.metrics import Results
+from torchplug.module import Module
+from torchplug.operations import LossScaling, Operations
+from torchplug.plugins import BUNDLE, GPU, build, installed, order
+from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
+from torchplug.run import Run
+from torchplug.seed import seed_everything
+from torchplug.settings import Settings
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger("torchplug")
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Shows the package's lines to a user who has not set logging up."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not logging.getLogger().handlers and bool(super().filter(record))
+
+
+@dataclass(kw_only=True)
+class Trainer(Settings):
+    __doc__ = Settings.__doc__
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not logger.handlers:
+            logger.addHandler(_Console())
+            logger.setLevel(logging.INFO)
+        self.run: Run | None = None
+        self.metrics = Results()
+        self._module: Module | None = None
+        self._members = build(self._named())
+        order(self._members)  # a cycle is an error now, not when training starts
+
+    # ------------------------------------------------------------------ what a user calls
+
+    def fit(self, module: Module, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None) -> None:
+        """Trains ``module``.
+
+        Args:
+            module: what to train; it holds the trained parameters afterwards.
+            train_dataloaders: an iterable of batches, or a data module.
+            val_dataloaders: an iterable of batches, or several.
+            datamodule: loaders and data in one object.
+
+        Raises:
+            ValueError: no end was given (max_epochs, max_steps or max_time), or an option does not fit the data.
+            TypeError: something that is needed is missing in the module.
+        """
+        if self.max_epochs is None and self.max_steps is None and self.max_time is None and not self.fast_dev_run:
+            raise ValueError("how long to train is not said: give Trainer max_epochs, max_steps or max_time")
+        self._do("fit", module, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, None, loop.fit)
+
+    def validate(
+        self, module: Module | None = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
+    ) -> list[Results]:
+        """Evaluates on the validation data; the arguments are those of `test`."""
+        return self._evaluate("validate", module, dataloaders, datamodule, ckpt_path)
+
+    def test(
+        self, module: Module | None = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
+    ) -> list[Results]:
+        """Evaluates on the test data.
+
+        Args:
+            module: what to evaluate; without it the module of the last run, with the best checkpoint of its fit if there is one.
+            dataloaders: an iterable of batches, or several, or a data module.
+            datamodule: loaders and data in one object.
+            ckpt_path: weights to load first: "best", "last" (of the last fit) or a path.
+
+        Returns:
+            A dict of metrics for each loader.
+        """
+        return self._evaluate("test", module, dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self,
+        module: Module | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool = True,
+        ckpt_path: str | Path | None = None,
+    ) -> Any:
+        """What ``predict_step`` returns for each batch; the other arguments are those of `test`.
+
+        Args:
+            return_predictions: keep them and return them: a list of batches, or one list per loader if there are several.
+                False keeps nothing: a plugin or the module takes them in ``on_predict_batch_end``.
+        """
+
+        def work(run: Run, hooks: Hooks) -> Any:
+            return loop.predict(run, hooks, return_predictions)
+
+        kept = self._do("predict", module, {"predict": dataloaders}, datamodule, ckpt_path, work)
+        return kept[0] if kept is not None and len(kept) == 1 else kept
+
+    def tune(self, module: Module, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None) -> Any:
+        """Lets the enabled finders look for a good learning rate or batch size, and returns what they found.
+
+        Raises:
+            PluginError: no enabled plugin tunes anything.
+        """
+
+        def work(run: Run, hooks: Hooks) -> Any:
+            found = hooks.tune(run)
+            if found is None:
+                raise PluginError("no enabled plugin tunes anything: name one that does, such as a learning-rate finder, in plugins")
+            return found
+
+        return self._do("tune", module, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, None, work)
+
+    @property
+    def enabled(self) -> dict[str, Any]:
+        """The plugins that this trainer uses, by name."""
+        return {member.name: member.plugin for member in self._members}
+
+    # ------------------------------------------------------------------ from options to plugins
+
+    def _named(self) -> list[Any]:
+        """What the user named, and what accelerator and strategy name."""
+        named = self.plugins
+        if named is None:
+            named = [BUNDLE] if installed(BUNDLE) else []
+            if not named:
+                logger.info("trains without plugins: pip install torchplug-%s for progress, checkpoints and logs", BUNDLE)
+        first: list[Any] = []
+        there = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if self.accelerator == "auto":
+            if there and installed(GPU):
+                first.append(GPU)
+            elif there:
+                logger.info("a GPU is there and not used: pip install torchplug-%s", GPU)
+        elif self.accelerator != "cpu":
+            first.append(self.accelerator)
+        elif there:
+            logger.info("a GPU is there and not used: write accelerator='auto' to use it")
+        if self.strategy != "auto":
+            first.append(self.strategy)
+        elif self.num_nodes > 1 or (isinstance(self.devices, int) and self.devices > 1) or (isinstance(self.devices, list) and len(self.devices) > 1):
+            raise ValueError(f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'")
+        mentioned = {next(iter(each)) if isinstance(each, dict) and each else each for each in named if isinstance(each, (str, dict))}
+        return [each for each in first if not isinstance(each, str) or each not in mentioned] + list(named)
+
+    def _assemble(self, run: Run, operations: Operations) -> list[Member]:
+        """Everybody who takes part in a run, in order: data module, module, plugins, core."""
+        own = [Member(m.name, m.plugin, distribution=m.distribution, version=m.version) for m in self._members]
+        for brought in build(run.module.configure_plugins()):
+            if any(brought.name == member.name for member in own):
+                raise PluginError(f"{brought.label}: named in Trainer and brought by {type(run.module).__name__}.configure_plugins()")
+            own.append(brought)
+        members = order(own)
+        if run.datamodule is not None:
+            kind = type(run.datamodule).__name__
+            members = [Member(kind if kind != type(run.module).__name__ else "datamodule", run.datamodule, kind="data module"), *_scaling(run, operations), Member(type(run.module).__name__, run.module, kind="module"), *members]
+        else:
+            members = [*_scaling(run, operations), Member(type(run.module).__name__, run.module, kind="module"), *members]
+        return [*members, Member("core", operations, kind="core")]
+
+    # ------------------------------------------------------------------ a run
+
+    def _evaluate(self, stage: str, module: Module | None, loaders: Any, datamodule: Any, ckpt_path: str | Path | None) -> list[Results]:
+        def work(run: Run, hooks: Hooks) -> list[Results]:
+            return hooks.evaluate(run, stage)  # type: ignore[return-value]
+
+        results: list[Results] = self._do(stage, module, {stage: loaders}, datamodule, ckpt_path, work)
+        return results
+
+    def _do(
+        self,
+        work: str,
+        module: Module | None,
+        given: dict[str, Any],
+        datamodule: Any,
+        ckpt_path: str | Path | None,
+        main: Callable[[Run, Hooks], Any],
+    ) -> Any:
+        """One run, from the options to the report."""
+        for stage, value in list(given.items()):
+            if is_datamodule(value):
+                datamodule, given[stage] = value, None
+        if module is None and self._module is None:
+            raise TypeError(f"trainer.{work} needs a module; there was no earlier run to take it from")
+        path = self._checkpoint_for(work, module, ckpt_path)
+        module = module if module is not None else self._module
+        check_module(module, work)
+        assert module is not None
+        run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
+        operations = Operations(run)
+        members = self._assemble(run, operations)
+        manager = register(members)
+        run.hooks = operations.hooks = dispatch(manager)
+        operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
+        self._introduce(run, members)
+        try:
+            with _torch_flags(run.options), self._directory(run):
+                result: Any = run.hooks.launch(run, lambda: loop.conduct(run, run.hooks, members, lambda: self._inside(run, given, path, main)))
+                self._report(run, members)
+        finally:
+            module._run = None
+        return result
+
+    def _inside(self, run: Run, given: dict[str, Any], path: Path | None, main: Callable[[Run, Hooks], Any]) -> Any:
+        """What happens in every process of a run between launch and tear-down."""
+        hooks = run.hooks
+        if run.options.seed is not None:
+            seed_everything(run.options.seed)
+        prepare(run, hooks, Sources(given, run.datamodule))
+        write_config(run)
+        hooks.on_run_start(run)
+        hyperparameters = {**getattr(run.datamodule, "hparams", {}), **(run.module.hparams if run.module._hparams_logged else {})}
+        if hyperparameters:
+            hooks.log_hyperparameters(run, checkpoint.plain(hyperparameters, "hyperparameters"))
+        if path is not None:
+            run.module.load_state_dict(checkpoint.module_state(hooks.load_checkpoint(run, path)))
+            hooks.on_checkpoint_loaded(run, path)
+        return main(run, hooks)
+
+    def _resolved(self) -> Settings:
+        """The options of one run, ``fast_dev_run`` worked out."""
+        options = Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
+        if options.fast_dev_run:
+            few = int(options.fast_dev_run)
+            options = dataclasses.replace(
+                options, max_epochs=1, max_steps=None, min_epochs=None, min_steps=None, num_sanity_val_steps=0, log_every_n_steps=1,
+                limit_train_batches=few, limit_val_batches=few, limit_test_batches=few, limit_predict_batches=few,
+                val_check_interval=1.0, check_val_every_n_epoch=1,
+            )  # fmt: skip
+        return options
+
+    def _introduce(self, run: Run, members: list[Member]) -> None:
+        """Tells run, module and trainer about each other and about who takes part."""
+        plugins = [member for member in members if member.kind == "plugin"]
+        run.plugins = {member.name: member.plugin for member in plugins}
+        run.packages = {member.name: f"{member.distribution} {member.version}" for member in plugins if member.distribution}
+        run.plugin_states = lambda: {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")}
+        run._asking = lambda: caller(members)
+        run.module._run = run
+        self.run, self._module = run, run.module
+
+    @contextmanager
+    def _directory(self, run: Run) -> Iterator[None]:
+        """The folder of the run; evaluation after a fit goes on in the fit's, a trial run has one that vanishes."""
+        earlier = getattr(self, "_fitted", None)
+        if run.options.fast_dev_run:
+            run.id, run.dir = uuid.uuid4().hex[:8], Path(tempfile.mkdtemp(prefix="torchplug-"))
+            try:
+                yield
+            finally:
+                shutil.rmtree(run.dir, ignore_errors=True)
+            return
+        if earlier is not None and run.work not in ("fit", "tune") and earlier.module is run.module:
+            run.id, run.dir, run.best_path, run.last_path = earlier.id, earlier.dir, earlier.best_path, earlier.last_path
+        else:
+            run.id, run.dir = uuid.uuid4().hex[:8], make_directory(run.options.root_dir, run.options.name or type(run.module).__name__)
+        if run.work == "fit":
+            self._fitted = run
+        yield
+
+    def _checkpoint_for(self, work: str, module: Module | None, ckpt_path: str | Path | None) -> Path | None:
+        """The file whose weights an evaluation uses; it is said which."""
+        fitted: Run | None = getattr(self, "_fitted", None)
+        if ckpt_path in ("best", "last"):
+            path = getattr(fitted, f"{ckpt_path}_path", None)
+            if path is None:
+                raise ValueError(f"ckpt_path={ckpt_path!r}: no checkpoint was written by this trainer; is the checkpoint plugin enabled?")
+        elif ckpt_path is not None:
+            path = Path(ckpt_path)
+        else:
+            path = fitted.best_path if fitted is not None and module is None and work != "fit" else None
+        if path is not None:
+            if not path.exists():
+                raise FileNotFoundError(f"there is no checkpoint {path}")
+            logger.info("%s with the weights of %s", work, path)
+        return path
+
+    def _report(self, run: Run, members: list[Member]) -> None:
+        """What a user wants to know when a run is over."""
+        self.metrics = run.metrics.results()
+        if run.work in ("fit", "tune"):
+            position, seconds = run.position, run.seconds
+            stopped = f", stopped: {run.stop_reason}" if run.stop_reason else ""
+            logger.info(
+                "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)%s",
+                seconds, position.epoch, position.step, position.step / seconds, position.samples / seconds, stopped,
+            )  # fmt: skip
+            names = ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step"
+            logger.info("metrics recorded: %s", names)
+        for name, line in run.report.items():
+            logger.info("%s: %s", name, line)
+        for member in members:
+            if member.failure:
+                logger.error("%s was switched off: %s", member.label, member.failure)
+
+
+def _scaling(run: Run, operations: Operations) -> list[Member]:
+    """The part of the loss scaler that comes before everybody else, where there is one."""
+    return [Member("loss scaling", LossScaling(operations), kind="core")] if run.options.precision == "16-mixed" else []
+
+
+@contextmanager
+def _torch_flags(options: Settings) -> Iterator[None]:
+    """torch's global switches as the options say; afterwards as they were."""
+    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, anomaly = torch.backends.cudnn.benchmark, torch.is_anomaly_enabled()
+    try:
+        if options.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
+        if options.benchmark is not None or options.deterministic:
+            torch.backends.cudnn.benchmark = bool(options.benchmark)
+        if options.detect_anomaly:
+            torch.autograd.set_detect_anomaly(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.autograd.set_detect_anomaly(anomaly)
