@@ -174,7 +174,9 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     encoder = _Encoder()
     body = json.dumps(encoder.encode(dict(state), ""))
     specs = {
-        name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(), data_len=t.numel() * t.element_size())
+        name: TensorSpec(
+            dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(), data_len=t.numel() * t.element_size()
+        )
         for name, t in encoder.tensors.items()
     }
     metadata = {

@@ -7,7 +7,7 @@ for each hook, so that a hook nobody listens to costs an empty call and a listen
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 
@@ -46,7 +46,7 @@ def register(members: Iterable[Member]) -> Manager:
 
 def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:
     """One plain callable per hook; the events (not the operations) pass over the members in ``deaf``."""
-    hooks = Hooks()
+    hooks = cast("Hooks", _Dispatched())
     for name, parameters in PARAMETERS.items():
         caller = getattr(manager.hook, name)
         if deaf and name not in OPERATIONS:
@@ -64,6 +64,8 @@ def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:
 
 def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
     """A function that calls the implementations one after the other with just the arguments that they name."""
+    if not implementations:
+        return _nobody  # one function for all: it stays in the processor's caches
     if len(implementations) == 1 and implementations[0].argnames == parameters:
         return implementations[0].function
     lines = [f"def {name}({', '.join(parameters)}):", "    pass"]
@@ -77,6 +79,16 @@ def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.
     exec(compile("\n".join(lines), f"<torchplug dispatch of {name}>", "exec"), namespace)
     function: Callable[..., Any] = namespace[name]
     return function
+
+
+def _nobody(a: Any = None, b: Any = None, c: Any = None, d: Any = None, e: Any = None, f: Any = None, g: Any = None, h: Any = None) -> None:
+    """What a hook is that nobody implements."""
+
+
+class _Dispatched:
+    """The callables of all hooks. Slots, and no methods of the same names, make looking one up as cheap as can be."""
+
+    __slots__ = tuple(PARAMETERS)
 
 
 def _through_pluggy(name: str, parameters: tuple[str, ...], caller: Any) -> Callable[..., Any]:

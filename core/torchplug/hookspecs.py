@@ -240,9 +240,7 @@ class Hooks:
         """After a batch; ``outputs`` is what the step returned, None if it was skipped. Since 0.1."""
 
     @event
-    def log_metrics(
-        self, run: Run, metrics: dict[str, float], stage: str, step: int, epoch: int, samples: int, seconds: float
-    ) -> None:
+    def log_metrics(self, run: Run, metrics: dict[str, float], stage: str, step: int, epoch: int, samples: int, seconds: float) -> None:
         """A record for loggers: at logging steps and at the end of each epoch and evaluation.
 
         ``step`` counts optimizer steps, ``samples`` training samples, ``seconds`` the time since the run started. Since 0.1.
@@ -274,9 +272,7 @@ class Hooks:
         """The forward pass of validation. ``None``: core calls the module's ``validation_step``. Since 0.1."""
 
     @event
-    def on_validation_batch_end(
-        self, run: Run, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def on_validation_batch_end(self, run: Run, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """After a validation batch. Since 0.1."""
 
     @event

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchplug.optimizers import Scheduler
     from torchplug.run import Run
 
-__all__ = ["conduct", "evaluate", "fit", "predict", "train_batch", "update"]
+__all__ = ["conduct", "evaluate", "fit", "predict", "train_batch", "train_with", "update"]
 
 
 def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[], Any]) -> Any:
@@ -103,13 +103,15 @@ def fit(run: Run, hooks: Hooks) -> None:
 
 def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, watch: LossWatch) -> None:
     """One epoch: its batches, the validations that fall into it, its end."""
-    position, metrics, every = run.position, run.metrics, run.options.log_every_n_steps
+    position, metrics = run.position, run.metrics
+    every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
     position.batch, run.is_last_batch, first_step = 0, False, position.step
     hooks.on_train_epoch_start(run)
     metrics.batches()
     for batch in islice(run.loaders["train"][0], run.limits["train"][0]):
         batch_idx, step = position.batch, position.step
-        limits.open_window(batch_idx)
+        if accumulate > 1:
+            limits.open_window(batch_idx)
         batch = hooks.move_batch(run, batch)
         size = metrics.size = batch_size(batch)
         hooks.on_train_batch_start(run, batch, batch_idx)
@@ -124,7 +126,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         batch = outputs = None  # nothing is held while the next one is fetched
         if position.step != step and position.step % every == 0:
             _record(run, hooks, metrics.step_record())
-        if validation.due_after_batch():
+        if validation.within_epoch and validation.due_after_batch():
             hooks.evaluate(run, "validate")
         if run.window_ends and limits.stop():
             break
@@ -151,17 +153,15 @@ def train_batch(run: Run, hooks: Hooks, batch: Any, batch_idx: int) -> Any:
     """Core's answer to the operation of this name: forward, backward and, at the end of a window, the update."""
     if not run.module.automatic_optimization:
         return hooks.train_step(run, batch, batch_idx, 0)
-    if len(run.optimizers) == 1:
-        return _train_with(run, hooks, batch, batch_idx, 0)
     outputs = []
     for index, optimizer in enumerate(run.optimizers):
         with only(optimizer, run.optimizers):
-            outputs.append(_train_with(run, hooks, batch, batch_idx, index))
+            outputs.append(train_with(run, hooks, batch, batch_idx, index))
     return outputs
 
 
-def _train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -> Any:
-    """One batch with one optimizer."""
+def train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -> Any:
+    """`train_batch` for one optimizer, which is the whole of it where there is one."""
     outputs = hooks.train_step(run, batch, batch_idx, index)
     loss = outputs if isinstance(outputs, Tensor) else loss_of(run, outputs)
     closure = None

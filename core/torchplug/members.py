@@ -63,6 +63,8 @@ class Member:
             raise PluginError(f"{self.label}: on_error must be 'abort' or 'disable', got {policy!r}")
         for hook, function, options in self._implementations():
             method = getattr(self.plugin, hook)
+            if method is None:  # set to None on the instance: not implemented this time
+                continue
             self.codes[function.__code__] = hook
             if policy == "disable":
                 if options["wrapper"] or hook in OPERATIONS:

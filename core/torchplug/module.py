@@ -123,7 +123,9 @@ class Module(nn.Module):
             RuntimeError: it is not in a run.
         """
         if self._run is None:
-            raise RuntimeError(f"{type(self).__name__} is not in a run: self.run, self.optimizers() and the like work inside of trainer.fit(...)")
+            raise RuntimeError(
+                f"{type(self).__name__} is not in a run: self.run, self.optimizers() and the like work inside of trainer.fit(...)"
+            )
         return self._run
 
     @property

@@ -38,11 +38,16 @@ class Operations:
         self.mixed = options.precision.endswith("-mixed")
         self.cast = self.dtype if options.precision == "bf16-true" else None
         self.clip = options.gradient_clip_val
+        if self.clip is None:
+            self.clip_gradients = None  # nobody is called where there is nothing to do
         self.clip_by_norm = options.gradient_clip_algorithm == "norm"
         self.scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]
         self.updated = True  # whether the scaler let the last step through
         self.stepped = False  # whether it was asked since its last update
-        self.steps = {name: _positional(getattr(run.module, name)) for name in STEPS}
+        self.stays = False  # whether batches need not be moved
+        self.training_step, self.validation_step_, self.test_step_, self.predict_step_ = (
+            _positional(getattr(run.module, name)) for name in STEPS
+        )
 
     # ------------------------------------------------------------------ start
 
@@ -52,6 +57,7 @@ class Operations:
 
     @hookimpl
     def setup_module(self, run: Run, module: Module) -> Module:
+        self.stays = run.device.type == "cpu" and self.cast is None
         return module.to(run.device, self.cast)
 
     @hookimpl
@@ -72,12 +78,14 @@ class Operations:
 
     @hookimpl
     def move_batch(self, run: Run, batch: Any) -> Any:
-        if run.device.type == "cpu" and self.cast is None:
+        if self.stays:
             return batch
         return move(batch, run.device, self.cast)
 
     @hookimpl
     def train_batch(self, run: Run, batch: Any, batch_idx: int) -> Any:
+        if len(run.optimizers) == 1 and run.module.automatic_optimization:
+            return loop.train_with(run, self.hooks, batch, batch_idx, 0)
         return loop.train_batch(run, self.hooks, batch, batch_idx)
 
     @hookimpl
@@ -90,24 +98,24 @@ class Operations:
     @hookimpl
     def train_step(self, run: Run, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
         if not self.mixed:
-            return self.steps["training_step"](batch, batch_idx, optimizer_idx)
+            return self.training_step(batch, batch_idx, optimizer_idx)
         with self._autocast(run):
-            return self.steps["training_step"](batch, batch_idx, optimizer_idx)
+            return self.training_step(batch, batch_idx, optimizer_idx)
 
     @hookimpl
     def validation_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.steps["validation_step"](batch, batch_idx, dataloader_idx)
+            return self.validation_step_(batch, batch_idx, dataloader_idx)
 
     @hookimpl
     def test_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.steps["test_step"](batch, batch_idx, dataloader_idx)
+            return self.test_step_(batch, batch_idx, dataloader_idx)
 
     @hookimpl
     def predict_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.steps["predict_step"](batch, batch_idx, dataloader_idx)
+            return self.predict_step_(batch, batch_idx, dataloader_idx)
 
     # ------------------------------------------------------------------ backward and update
 
@@ -121,8 +129,7 @@ class Operations:
 
     @hookimpl
     def clip_gradients(self, optimizer: Optimizer) -> bool:
-        if self.clip is None:
-            return True
+        assert self.clip is not None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.clip_by_norm:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip)

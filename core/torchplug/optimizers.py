@@ -135,13 +135,7 @@ def only(optimizer: Optimizer, others: Sequence[Optimizer]) -> Iterator[None]:
     """Inside, parameters that belong to the other optimizers alone take no gradient: with several losses, each
     optimizer's gradients come from its own."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    frozen = [
-        p
-        for other in others
-        for group in other.param_groups
-        for p in group["params"]
-        if id(p) not in own and p.requires_grad
-    ]
+    frozen = [p for other in others for group in other.param_groups for p in group["params"] if id(p) not in own and p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
     try:
@@ -173,4 +167,3 @@ class ManualOptimizer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
-

@@ -121,7 +121,9 @@ def build(named: Sequence[Any]) -> list[Member]:
         target = found.load()
         if isinstance(target, (list, tuple)):
             if options:
-                raise PluginError(f"plugin {base!r} is a bundle of {', '.join(map(str, target))} and takes no options; name its plugins instead")
+                raise PluginError(
+                    f"plugin {base!r} is a bundle of {', '.join(map(str, target))} and takes no options; name its plugins instead"
+                )
             for each in target:
                 add_any(each)
             return

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Sources", "check_module", "make_directory", "prepare", "write_config"]
 
-STAGES = {"fit": ("train", "validate"), "tune": ("train", "validate"), "validate": ("validate",), "test": ("test",), "predict": ("predict",)}
+STAGES = {
+    "fit": ("train", "validate"),
+    "tune": ("train", "validate"),
+    "validate": ("validate",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
 STEP_OF = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 LIMIT_OF = {
     "train": "limit_train_batches",
@@ -122,8 +128,12 @@ def _loaders(run: Run, stage: str, sources: Sources) -> list[Any]:
     if given is None:
         return []
     if stage == "train":
-        if isinstance(given, (list, tuple, dict)) and any(hasattr(part, "dataset") for part in (given.values() if isinstance(given, dict) else given)):
-            raise TypeError("several training loaders are not combined for you: give one iterable of batches, for example a loader over a ConcatDataset")
+        if isinstance(given, (list, tuple, dict)) and any(
+            hasattr(part, "dataset") for part in (given.values() if isinstance(given, dict) else given)
+        ):
+            raise TypeError(
+                "several training loaders are not combined for you: give one iterable of batches, for example a loader over a ConcatDataset"
+            )
         loaders = [given]
     elif isinstance(given, dict):
         loaders = list(given.values())
@@ -220,7 +230,9 @@ def make_directory(root: str | os.PathLike[str], name: str) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise type(error)(error.errno, f"the run's directory cannot be made in {str(parent)!r} ({error.strerror}); choose another root_dir") from error
+        raise type(error)(
+            error.errno, f"the run's directory cannot be made in {str(parent)!r} ({error.strerror}); choose another root_dir"
+        ) from error
 
 
 def write_config(run: Run) -> None:
@@ -231,7 +243,9 @@ def write_config(run: Run) -> None:
             lines.append(f"{field.name}: {_json(getattr(run.options, field.name))}")
     lines.append("plugins:")
     for name, plugin in run.plugins.items():
-        options = {f.name: getattr(plugin, f.name, None) for f in fields(plugin) if f.init} if hasattr(plugin, "__dataclass_fields__") else {}
+        options = (
+            {f.name: getattr(plugin, f.name, None) for f in fields(plugin) if f.init} if hasattr(plugin, "__dataclass_fields__") else {}
+        )
         lines.append(f"  - {json.dumps(name)}: {_json(options)}")
     lines.append("versions:")
     lines += [f"  {json.dumps(name)}: {_json(package)}" for name, package in run.packages.items()]

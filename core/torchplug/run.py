@@ -47,7 +47,7 @@ class Position:
     samples: int = 0
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Run:
     """One call of fit, validate, test or predict, as plugins see it.
 

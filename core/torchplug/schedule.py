@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,9 @@ class Limits:
         options = run.options
         self.run, self.position = run, run.position
         self.max_epochs = options.max_epochs or math.inf
-        self.max_steps = options.max_steps or math.inf
+        self.max_steps = options.max_steps or sys.maxsize
         self.min_epochs, self.min_steps = options.min_epochs or 0, options.min_steps or 0
-        self.deadline = math.inf
+        self.timed = options.max_time is not None
         if options.max_time is not None:
             self.deadline = time.monotonic() + duration("max_time", options.max_time)
         self.accumulate = options.accumulate_grad_batches
@@ -38,9 +39,11 @@ class Limits:
 
     def stop(self) -> bool:
         """Whether training ends now, between two optimizer steps."""
+        if self.position.step < self.max_steps and not self.timed and not self.run.stop_reason:
+            return False
         if self.position.step >= self.max_steps:
             return True
-        if self.deadline < math.inf and time.monotonic() >= self.deadline:
+        if self.timed and time.monotonic() >= self.deadline:
             self.run.request_stop(f"max_time={self.run.options.max_time} is over")
         if not self.run.stop_reason:
             return False
@@ -76,7 +79,9 @@ class Limits:
                 "one batch with drop_last=True, or is it an iterator that is used up?"
             )
         if run.num_batches is not None and self.position.batch != run.num_batches:
-            run.say_once(f"the training loader's length is {run.num_batches}, but it gave {self.position.batch} batches; its length is ignored")
+            run.say_once(
+                f"the training loader's length is {run.num_batches}, but it gave {self.position.batch} batches; its length is ignored"
+            )
             run.num_batches = None
         run.is_last_batch = True
 
@@ -110,6 +115,7 @@ class Validation:
         self.epochs = options.check_val_every_n_epoch
         self.every: int | None = None  # batches
         self.seconds: float | None = None
+        self.within_epoch = False  # whether it can be due before the epoch's last batch
         interval = options.val_check_interval
         if not self.enabled:
             return
@@ -118,6 +124,7 @@ class Validation:
         else:
             self.seconds = duration("val_check_interval", interval)
             self.since = time.monotonic()
+        self.within_epoch = self.every is not None or self.seconds is not None
 
     def _by_batches(self, interval: int | float) -> None:
         batches = self.run.num_batches
@@ -129,7 +136,9 @@ class Validation:
                 )
             self.every = interval
         elif self.epochs is None:
-            raise ValueError(f"with check_val_every_n_epoch=None, val_check_interval must be a number of batches or a time, got {interval!r}")
+            raise ValueError(
+                f"with check_val_every_n_epoch=None, val_check_interval must be a number of batches or a time, got {interval!r}"
+            )
         elif interval < 1.0:
             if batches is None:
                 raise ValueError(
@@ -145,18 +154,17 @@ class Validation:
         if self.every is not None:
             count = self.position.micro_step if self.epochs is None else self.position.batch
             due = count % self.every == 0 and self._this_epoch()
-        elif self.seconds is not None:
+        else:
+            assert self.seconds is not None
             due = time.monotonic() - self.since >= self.seconds and self._this_epoch()
             if due:
                 self.since = time.monotonic()
-        else:
-            return False
         self.happened = self.happened or due
         return due
 
     def due_after_epoch(self) -> bool:
         """Whether to validate when all batches of the epoch are done."""
-        due = self.enabled and self.every is None and self.seconds is None and self._this_epoch()
+        due = self.enabled and not self.within_epoch and self._this_epoch()
         self.happened = self.happened or due
         return due
 

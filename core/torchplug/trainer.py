@@ -168,8 +168,14 @@ class Trainer(Settings):
             logger.info("a GPU is there and not used: write accelerator='auto' to use it")
         if self.strategy != "auto":
             first.append(self.strategy)
-        elif self.num_nodes > 1 or (isinstance(self.devices, int) and self.devices > 1) or (isinstance(self.devices, list) and len(self.devices) > 1):
-            raise ValueError(f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'")
+        elif (
+            self.num_nodes > 1
+            or (isinstance(self.devices, int) and self.devices > 1)
+            or (isinstance(self.devices, list) and len(self.devices) > 1)
+        ):
+            raise ValueError(
+                f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
+            )
         mentioned = {next(iter(each)) if isinstance(each, dict) and each else each for each in named if isinstance(each, (str, dict))}
         return [each for each in first if not isinstance(each, str) or each not in mentioned] + list(named)
 
@@ -183,7 +189,12 @@ class Trainer(Settings):
         members = order(own)
         if run.datamodule is not None:
             kind = type(run.datamodule).__name__
-            members = [Member(kind if kind != type(run.module).__name__ else "datamodule", run.datamodule, kind="data module"), *_scaling(run, operations), Member(type(run.module).__name__, run.module, kind="module"), *members]
+            members = [
+                Member(kind if kind != type(run.module).__name__ else "datamodule", run.datamodule, kind="data module"),
+                *_scaling(run, operations),
+                Member(type(run.module).__name__, run.module, kind="module"),
+                *members,
+            ]
         else:
             members = [*_scaling(run, operations), Member(type(run.module).__name__, run.module, kind="module"), *members]
         return [*members, Member("core", operations, kind="core")]
@@ -225,7 +236,9 @@ class Trainer(Settings):
         self._introduce(run, members)
         try:
             with _torch_flags(run.options), self._directory(run):
-                result: Any = run.hooks.launch(run, lambda: loop.conduct(run, run.hooks, members, lambda: self._inside(run, given, path, main)))
+                result: Any = run.hooks.launch(
+                    run, lambda: loop.conduct(run, run.hooks, members, lambda: self._inside(run, given, path, main))
+                )
                 self._report(run, members)
         finally:
             module._run = None
