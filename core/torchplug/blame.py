@@ -22,7 +22,7 @@ def add_note(error: BaseException, text: str) -> None:
     if sys.version_info >= (3, 11):
         error.add_note(text)
     else:
-        error.__notes__ = [*getattr(error, "__notes__", []), text]
+        setattr(error, "__notes__", [*getattr(error, "__notes__", []), text])  # noqa: B010
         logger.error("%s: %s", type(error).__name__, text)
 
 

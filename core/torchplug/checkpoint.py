@@ -79,7 +79,7 @@ def plain(value: Any, path: str) -> Any:
     """Hyperparameters as values that a checkpoint and a logger can hold; what has no plain form is refused by its path."""
     if isinstance(value, enum.Enum):
         return plain(value.value, path)
-    if isinstance(value, PLAIN) or isinstance(value, Tensor):
+    if isinstance(value, (*PLAIN, Tensor)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -218,7 +218,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
     try:
-        with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -127,7 +127,7 @@ class Hooks:
         """Once, after ``on_run_start``, with the ``hparams`` of module and data module if there are any. Since 0.1."""
 
     @operation
-    def load_checkpoint(self, run: Run, path: Path) -> dict[str, Any]:
+    def load_checkpoint(self, run: Run, path: Path) -> Any:
         """When starting from a file: read it. Answer with the state; ``None``: core reads the file. Since 0.1."""
 
     @event
@@ -249,7 +249,7 @@ class Hooks:
     # ------------------------------------------------------------------ validation
 
     @operation
-    def evaluate(self, run: Run, stage: str) -> list[dict[str, float]]:
+    def evaluate(self, run: Run, stage: str) -> Any:
         """One pass over the loaders of ``stage`` (sanity, validate, test). Wrap it to evaluate with other weights.
 
         Answers a dict of metrics for each loader. ``None``: core runs the loop below. Since 0.1.
@@ -368,7 +368,7 @@ class Hooks:
         """When ``run.request_stop(reason)`` was called first; ``plugin`` is who called it, "" if nobody knows. Since 0.1."""
 
     @operation
-    def save_checkpoint(self, run: Run, path: Path) -> Path:
+    def save_checkpoint(self, run: Run, path: Path) -> Any:
         """When a plugin called ``run.save_checkpoint``: write the state of the run.
 
         Answer with the path that was written. ``None``: core writes one safetensors file. Since 0.1.

@@ -105,6 +105,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     """One epoch: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
     every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
+    max_steps, timed = limits.max_steps, limits.timed
     position.batch, run.is_last_batch, first_step = 0, False, position.step
     hooks.on_train_epoch_start(run)
     metrics.batches()
@@ -128,12 +129,13 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
             _record(run, hooks, metrics.step_record())
         if validation.within_epoch and validation.due_after_batch():
             hooks.evaluate(run, "validate")
-        if run.window_ends and limits.stop():
+        if (run.stop_reason or timed or position.step >= max_steps) and run.window_ends and limits.stop():
             break
     else:
         limits.exhausted()
-        if any(run.contributions):  # the last window was shorter than the loader's length promised
-            _end_window(run, hooks)
+        for index, contributions in enumerate(run.contributions):
+            if contributions:  # the last window was shorter than the loader's length promised
+                _end_long_window(run, hooks, index)
     if not run.is_last_batch:
         return
     if validation.due_after_epoch():
@@ -164,47 +166,43 @@ def train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -
     """`train_batch` for one optimizer, which is the whole of it where there is one."""
     outputs = hooks.train_step(run, batch, batch_idx, index)
     loss = outputs if isinstance(outputs, Tensor) else loss_of(run, outputs)
-    closure = None
-    if loss is None:
+    if loss is not None:
+        hooks.on_before_backward(run, loss)
+        try:
+            hooks.backward(run, loss if run.window == 1 else loss / run.window, run.optimizers[index])
+        except RuntimeError as error:
+            explain_backward(loss, error)
+            raise
+        hooks.on_after_backward(run)
+        if run.window == 1:
+            again = _reevaluation(run, hooks, batch, batch_idx, index, loss) if run.closures[index] else None
+            _end_window(run, hooks, index, again)
+            return outputs
+        run.contributions[index] += 1
+    else:
         run.say_once("training_step returned None: the batch is skipped (return the loss to train on it)")
         hooks.on_step_skipped(run, "training_step returned None")
-    else:
-        _backward(run, hooks, loss, index)
-        run.contributions[index] += 1
-        if run.closures[index]:
-            closure = _reevaluation(run, hooks, batch, batch_idx, index, loss)
     if run.window_ends and run.contributions[index]:
-        _end_window_of(run, hooks, index, closure)
+        _end_long_window(run, hooks, index)
     return outputs
 
 
-def _backward(run: Run, hooks: Hooks, loss: Tensor, index: int) -> None:
-    hooks.on_before_backward(run, loss)
-    try:
-        hooks.backward(run, loss if run.window == 1 else loss / run.window, run.optimizers[index])
-    except RuntimeError as error:
-        explain_backward(run, loss, error)
-        raise
-    hooks.on_after_backward(run)
-
-
-def _end_window(run: Run, hooks: Hooks) -> None:
-    """Ends a window after its last batch is gone."""
-    for index, contributions in enumerate(run.contributions):
-        if contributions:
-            _end_window_of(run, hooks, index, None)
-
-
-def _end_window_of(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
-    """The update at the end of an accumulation window, and what follows it."""
-    optimizer = run.optimizers[index]
+def _end_long_window(run: Run, hooks: Hooks, index: int) -> None:
+    """The end of a window of several batches. Where some were skipped, or fewer came than the loader's length
+    promised, the gradients become the true mean all the same."""
     contributions, run.contributions[index] = run.contributions[index], 0
-    if contributions != run.window:  # batches were skipped, or there were fewer than expected: a true mean all the same
-        for group in optimizer.param_groups:
+    if contributions != run.window:
+        for group in run.optimizers[index].param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(run.window / contributions)
+    _end_window(run, hooks, index, None)
+
+
+def _end_window(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
+    """The update at the end of an accumulation window, and what follows it."""
     updated = update(run, hooks, index, closure)
+    optimizer = run.optimizers[index]
     hooks.on_before_zero_grad(run, optimizer)
     hooks.zero_grad(run, optimizer)
     if updated:
@@ -241,7 +239,9 @@ def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int
             again = loss_of(run, hooks.train_step(run, batch, batch_idx, index))
             if again is None:
                 raise ValueError("training_step returned None while the optimizer evaluated the loss again")
-            _backward(run, hooks, again, index)
+            hooks.on_before_backward(run, again)
+            hooks.backward(run, again, run.optimizers[index])
+            hooks.on_after_backward(run)
         return again
 
     return closure

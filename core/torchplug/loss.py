@@ -46,7 +46,7 @@ def loss_of(run: Run, outputs: Any) -> Tensor | None:
     return loss
 
 
-def explain_backward(run: Run, loss: Tensor, error: RuntimeError) -> None:
+def explain_backward(loss: Tensor, error: RuntimeError) -> None:
     """Raises in clear words what torch's error about the loss means, if it is about the loss.
 
     Raises:
@@ -54,7 +54,8 @@ def explain_backward(run: Run, loss: Tensor, error: RuntimeError) -> None:
     """
     if loss.numel() != 1:
         raise ValueError(
-            f"training_step must return a loss that is one number, got a tensor of shape {tuple(loss.shape)}; reduce it, for example with .mean()"
+            f"training_step must return a loss that is one number, got a tensor of shape {tuple(loss.shape)}; "
+            "reduce it, for example with .mean()"
         ) from error
     if not loss.requires_grad:
         raise ValueError(

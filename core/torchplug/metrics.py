@@ -7,7 +7,7 @@ values at a time and on the CPU in the order in which they came, so that they eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Metrics", "MissingMetric", "Reading", "Results"]
 
-FOLD = 64
+FOLD = 128
 REDUCTIONS = ("mean", "sum", "min", "max")
 
 
@@ -67,6 +67,10 @@ class _Published:
     prog_bar: bool
 
 
+LogOptions = tuple[bool, bool | None, bool | None, bool | None, Any, bool]
+"""prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx"""
+
+
 class _Series:
     """One logged name during one pass over the data."""
 
@@ -75,7 +79,7 @@ class _Series:
         "reduce", "source", "total", "unsent", "weight", "weights",
     )  # fmt: skip
 
-    def __init__(self, name: str, options: tuple[Any, ...], on_step: bool, on_epoch: bool) -> None:
+    def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
         self.name, self.options, self.on_step, self.on_epoch = name, options, on_step, on_epoch
         self.prog_bar, self.logger, self.reduce = options[0], options[1], options[4]
         self.fork = on_step and on_epoch
@@ -90,9 +94,12 @@ class _Series:
 
     def fold(self) -> None:
         """Adds the pending values to the total."""
-        tensors = [_tensor(value) for value in self.pending]
-        values = torch.stack([tensor.to(tensors[-1].device) for tensor in tensors])
-        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        try:
+            values = torch.stack(self.pending).flatten()
+        except (TypeError, RuntimeError):  # numbers among the tensors, or several shapes, types or devices
+            tensors = [_tensor(value) for value in self.pending]
+            values = torch.stack([_wide(tensor.to(tensors[-1].device)) for tensor in tensors])
+        values = _wide(values)
         if callable(self.reduce):
             self.everything.append(values)
         elif self.reduce in ("min", "max"):
@@ -121,7 +128,7 @@ class _Series:
         total, weight, everything = self.total, self.weight, self.everything
         self.total, self.weight, self.everything = None, 0, []
         if callable(self.reduce):
-            return self.reduce(torch.cat(everything)) if everything else None  # type: ignore[no-any-return]
+            return self.reduce(torch.cat(everything)) if everything else None
         if total is None:
             return None
         return total / weight if self.reduce == "mean" else total
@@ -135,12 +142,10 @@ class _Pass:
     in_batches: bool = False  # between the first and the last batch: what is logged then is accumulated
     loader: int = 0
     loaders: int = 1
-    series: dict[str, _Series] = field(default_factory=dict)
     by_loader: list[dict[str, _Series]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_loader = [{} for _ in range(self.loaders)]
-        self.series = self.by_loader[0]
 
 
 class Metrics:
@@ -158,41 +163,21 @@ class Metrics:
         self._unsent: dict[str, None] = {}
         self._serial = 0
         self._pass = _Pass("")
-        self._series = self._pass.series
+        self._series: dict[str, _Series] = {}  # of the batches that are running; empty outside of batches
 
     # ------------------------------------------------------------------ logging
 
-    def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[[Tensor], Any] = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        metric_attribute: str | None = None,
-        rank_zero_only: bool = False,
-    ) -> None:
-        """Records a value under a name; see `torchplug.Module.log`."""
-        if not self._pass.in_batches:
-            self._log_once(name, value, prog_bar, logger is not False, on_step, add_dataloader_idx)
-            return
-        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+    def log(self, name: str, value: Any, options: LogOptions, enable_graph: bool = False, batch_size: int | None = None) -> None:
+        """Records a value under a name; what the options mean is said by `torchplug.Module.log`."""
         series = self._series.get(name)
-        if series is None:
+        if series is None or series.options != options:
             series = self._declare(name, value, options)
-        elif series.options != options:
-            raise ValueError(f"log({name!r}) was called with other arguments before in this epoch; use another name or the same arguments")
+            if series is None:
+                return
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
-            if not enable_graph and value.requires_grad:
+            if value.requires_grad and not enable_graph:
                 value = value.detach()
         elif series.source is not None:
             series.unsent = True
@@ -202,7 +187,7 @@ class Metrics:
         series.last = value
         series.unsent = True
         if series.on_epoch:
-            size = self.size if batch_size is None else batch_size
+            size = batch_size or self.size
             if not size and series.reduce == "mean":
                 raise ValueError(f"log({name!r}): the size of the batch is not known; give batch_size=")
             series.pending.append(value)
@@ -210,9 +195,14 @@ class Metrics:
             if len(series.pending) == FOLD:
                 series.fold()
 
-    def _declare(self, name: str, value: Any, options: tuple[Any, ...]) -> _Series:
-        """The first ``log`` of a name in a pass: its arguments are checked once."""
-        _, _, on_step, on_epoch, reduce_fx, _ = options
+    def _declare(self, name: str, value: Any, options: LogOptions) -> _Series | None:
+        """The first ``log`` of a name: its arguments are checked once. None for a value that was dealt with at once."""
+        prog_bar, logger, on_step, on_epoch, reduce_fx, add_idx = options
+        if not self._pass.in_batches:
+            self._log_once(name, value, prog_bar, logger is not False, on_step, add_idx)
+            return None
+        if name in self._series:
+            raise ValueError(f"log({name!r}) was called with other arguments before; use another name, or the same arguments")
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of a metric must be a text, got {name!r}")
         if not callable(reduce_fx) and reduce_fx not in REDUCTIONS:
@@ -260,24 +250,25 @@ class Metrics:
         """A pass over the data of ``stage`` inside whatever pass is open; the outer one goes on afterwards."""
         outer, size = self._pass, self.size
         self._pass = _Pass(stage, loaders=loaders)
-        self._series = self._pass.series
+        self._series = {}
         try:
             yield
         finally:
             if stage == "sanity":
                 self._forget()
             self._pass, self.size = outer, size
-            self._series = outer.series
+            self._series = outer.by_loader[outer.loader] if outer.in_batches else {}
 
     def batches(self, loader: int = 0) -> None:
         """Batches of a loader begin: what is logged from now on is accumulated."""
         self._pass.in_batches = True
         self._pass.loader = loader
-        self._series = self._pass.series = self._pass.by_loader[loader]
+        self._series = self._pass.by_loader[loader]
 
     def finish(self) -> list[Results]:
         """Batches are over: epoch values are published and returned, one dict for each loader."""
         self._pass.in_batches = False
+        self._series = {}
         results = []
         for loader, series in enumerate(self._pass.by_loader):
             values: dict[str, Tensor | float] = {}
@@ -308,7 +299,7 @@ class Metrics:
 
     def step_record(self) -> dict[str, float]:
         """The step values logged since the last record, read from the device together; they are published too."""
-        for series in self._series.values():
+        for series in self._pass.by_loader[self._pass.loader].values():
             if not series.on_step or not series.unsent:
                 continue
             value = series.source.compute() if series.source is not None else series.last
@@ -379,7 +370,7 @@ class Metrics:
     def progress(self) -> dict[str, float]:
         """What was logged with ``prog_bar=True``, read from the device now: call it as seldom as a person looks."""
         values: dict[str, Any] = {name: entry.value for name, entry in self._published.items() if entry.prog_bar}
-        for series in self._series.values():
+        for series in self._pass.by_loader[self._pass.loader].values():
             if series.prog_bar and series.source is None and series.last is not None:
                 values[f"{series.name}_step" if series.fork else series.name] = series.last
         return dict(zip(values, read(list(values.values())), strict=True))
@@ -389,6 +380,11 @@ def _tensor(value: Any) -> Tensor:
     return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in the widest floating-point type that its device has."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
 def read(values: Sequence[Tensor | float]) -> list[float]:
     """Numbers as floats; tensors of one device come back in one transfer."""
     result = [value if isinstance(value, Tensor) else float(value) for value in values]
@@ -396,9 +392,8 @@ def read(values: Sequence[Tensor | float]) -> list[float]:
     for i, value in enumerate(result):
         if isinstance(value, Tensor):
             by_device.setdefault(value.device, []).append(i)
-    for device, places in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        numbers = torch.stack([_tensor(result[i]).detach().to(wide) for i in places]).tolist()
+    for places in by_device.values():
+        numbers = torch.stack([_wide(_tensor(result[i]).detach()) for i in places]).tolist()
         for i, number in zip(places, numbers, strict=True):
             result[i] = number
     return result  # type: ignore[return-value]

@@ -183,10 +183,7 @@ class Module(nn.Module):
         if self._run is None:
             _say_once_outside(name)
             return
-        self._run.metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
-            add_dataloader_idx, batch_size, metric_attribute, rank_zero_only,
-        )  # fmt: skip
+        self._run.metrics.log(name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), enable_graph, batch_size)
 
     def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
         """`log` for each name and value."""
@@ -327,7 +324,7 @@ class Module(nn.Module):
             for module, training in modes:
                 module.training = training
         if path is not None:
-            torch.jit.save(plain, str(path))  # type: ignore[no-untyped-call]
+            torch.jit.save(plain, str(path))
         return plain
 
     def __getstate__(self) -> dict[str, Any]:

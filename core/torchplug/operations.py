@@ -34,20 +34,21 @@ class Operations:
 
     def __init__(self, run: Run) -> None:
         options = run.options
-        self.dtype = DTYPES.get(options.precision)
-        self.mixed = options.precision.endswith("-mixed")
+        self.dtype = DTYPES.get(str(options.precision))
+        self.mixed = str(options.precision).endswith("-mixed")
         self.cast = self.dtype if options.precision == "bf16-true" else None
         self.clip = options.gradient_clip_val
         if self.clip is None:
-            self.clip_gradients = None  # nobody is called where there is nothing to do
+            self.clip_gradients = None  # type: ignore[method-assign, assignment]  # nobody is called where there is nothing to do
         self.clip_by_norm = options.gradient_clip_algorithm == "norm"
-        self.scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]
+        self.scaler: torch.amp.GradScaler | None = None
         self.updated = True  # whether the scaler let the last step through
         self.stepped = False  # whether it was asked since its last update
         self.stays = False  # whether batches need not be moved
-        self.training_step, self.validation_step_, self.test_step_, self.predict_step_ = (
-            _positional(getattr(run.module, name)) for name in STEPS
-        )
+        self.steps = {name: _positional(getattr(run.module, name)) for name in STEPS}
+        if not self.mixed:  # the hottest call of all is made without this object in between
+            step = self.steps["training_step"]
+            self.train_step = lambda run, batch, batch_idx, optimizer_idx: step(batch, batch_idx, optimizer_idx)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ start
 
@@ -67,7 +68,7 @@ class Operations:
     @hookimpl
     def on_fit_start(self, run: Run) -> None:
         if run.options.precision == "16-mixed":
-            self.scaler = torch.amp.GradScaler(run.device.type)  # type: ignore[attr-defined]
+            self.scaler = torch.amp.GradScaler(run.device.type)
             for optimizer in run.optimizers:  # the public way to learn whether the scaler let the step through
                 optimizer.register_step_post_hook(self._note_update)
 
@@ -97,25 +98,23 @@ class Operations:
 
     @hookimpl
     def train_step(self, run: Run, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
-        if not self.mixed:
-            return self.training_step(batch, batch_idx, optimizer_idx)
         with self._autocast(run):
-            return self.training_step(batch, batch_idx, optimizer_idx)
+            return self.steps["training_step"](batch, batch_idx, optimizer_idx)
 
     @hookimpl
     def validation_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.validation_step_(batch, batch_idx, dataloader_idx)
+            return self.steps["validation_step"](batch, batch_idx, dataloader_idx)
 
     @hookimpl
     def test_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.test_step_(batch, batch_idx, dataloader_idx)
+            return self.steps["test_step"](batch, batch_idx, dataloader_idx)
 
     @hookimpl
     def predict_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         with self._autocast(run):
-            return self.predict_step_(batch, batch_idx, dataloader_idx)
+            return self.steps["predict_step"](batch, batch_idx, dataloader_idx)
 
     # ------------------------------------------------------------------ backward and update
 
@@ -124,7 +123,7 @@ class Operations:
         if self.scaler is None:
             loss.backward()  # type: ignore[no-untyped-call]
             return True
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return True
 
     @hookimpl
@@ -140,7 +139,10 @@ class Operations:
     @hookimpl
     def optimizer_step(self, run: Run, optimizer: Optimizer, closure: Callable[[], Tensor] | None) -> bool:
         if self.scaler is None:
-            optimizer.step(closure) if closure is not None else optimizer.step()
+            if closure is None:
+                optimizer.step()
+            else:
+                optimizer.step(closure)  # type: ignore[arg-type]
             return True
         if needs_closure(optimizer):
             raise ValueError(f"precision='16-mixed' cannot be used with {type(optimizer).__name__}, which evaluates the loss itself")
@@ -156,7 +158,7 @@ class Operations:
     @hookimpl
     def scheduler_step(self, run: Run, scheduler: Scheduler) -> bool:
         if not scheduler.follows_metric:
-            scheduler.scheduler.step()
+            scheduler.scheduler.step()  # type: ignore[call-arg]
             return True
         assert scheduler.monitor is not None
         if not scheduler.strict and scheduler.monitor not in run.metrics:
@@ -165,7 +167,7 @@ class Operations:
         if reading is None:
             return False
         scheduler.seen = reading.serial
-        scheduler.scheduler.step(reading.value)
+        scheduler.scheduler.step(reading.value)  # type: ignore[arg-type]
         return True
 
     # ------------------------------------------------------------------ checkpoints

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -64,7 +64,7 @@ class Scheduler:
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer whose rates it sets."""
-        return cast("Optimizer", self.scheduler.optimizer)
+        return self.scheduler.optimizer
 
 
 def parse(answer: Any) -> tuple[list[Optimizer], list[Scheduler]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Range", "at_least", "above", "check_fields", "closest", "documentation", "duration", "fields_of"]
+__all__ = ["Range", "above", "at_least", "check_fields", "closest", "documentation", "duration", "fields_of"]
 
 
 @dataclass(frozen=True)

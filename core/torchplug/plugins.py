@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -40,7 +41,8 @@ class Found:
             return self.entry.load()
         except Exception as error:
             raise PluginError(
-                f"plugin {self.name!r} ({self.distribution} {self.version}): {self.value} cannot be imported: {type(error).__name__}: {error}"
+                f"plugin {self.name!r} ({self.distribution} {self.version}): {self.value} cannot be imported: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
 
@@ -162,7 +164,7 @@ def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> An
                 listed = ", ".join([*known, "on_error"]) if known else "none but on_error"
                 raise PluginError(f"{label}: no option {option!r}{closest(option, known)} (options: {listed})")
     try:
-        plugin = cls(**options)
+        plugin: Any = cls(**options)
         if dataclasses.is_dataclass(plugin):
             check_fields(plugin)
     except (TypeError, ValueError) as error:
@@ -232,5 +234,5 @@ def _cycle(waiting: Sequence[Member], earlier: Mapping[str, Mapping[str, str]]) 
     while path.count(path[-1]) == 1:
         path.append(next(name for name in earlier[path[-1]] if name in names))
     path = path[path.index(path[-1]) :][::-1]
-    wishes = [earlier[second][first] for first, second in zip(path, path[1:], strict=False)]
+    wishes = [earlier[second][first] for first, second in itertools.pairwise(path)]
     return " -> ".join(path) + f" ({'; '.join(dict.fromkeys(wishes))})"

@@ -92,7 +92,7 @@ class Run:
     dir: Path = Path()
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     position: Position = field(default_factory=Position)
     metrics: Metrics = field(init=False)
     optimizers: list[Optimizer] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Run:
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         """Records a metric; the arguments are those of ``Module.log``."""
-        self.metrics.log(name, value, **options)
+        self.module.log(name, value, **options)
 
     def log_figure(self, name: str, figure: Any) -> None:
         """Hands a matplotlib figure to the loggers."""

@@ -39,8 +39,6 @@ class Limits:
 
     def stop(self) -> bool:
         """Whether training ends now, between two optimizer steps."""
-        if self.position.step < self.max_steps and not self.timed and not self.run.stop_reason:
-            return False
         if self.position.step >= self.max_steps:
             return True
         if self.timed and time.monotonic() >= self.deadline:
@@ -142,7 +140,8 @@ class Validation:
         elif interval < 1.0:
             if batches is None:
                 raise ValueError(
-                    f"val_check_interval={interval!r} is a fraction, but the length of the training loader is not known; give a number of batches"
+                    f"val_check_interval={interval!r} is a fraction, but the length of the training loader is not known; "
+                    "give a number of batches"
                 )
             self.every = max(1, int(batches * interval))
 

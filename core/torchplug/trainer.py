@@ -186,24 +186,20 @@ class Trainer(Settings):
             if any(brought.name == member.name for member in own):
                 raise PluginError(f"{brought.label}: named in Trainer and brought by {type(run.module).__name__}.configure_plugins()")
             own.append(brought)
-        members = order(own)
+        module, data = type(run.module).__name__, type(run.datamodule).__name__
+        members = [Member(module, run.module, kind="module"), *order(own), Member("core", operations, kind="core")]
         if run.datamodule is not None:
-            kind = type(run.datamodule).__name__
-            members = [
-                Member(kind if kind != type(run.module).__name__ else "datamodule", run.datamodule, kind="data module"),
-                *_scaling(run, operations),
-                Member(type(run.module).__name__, run.module, kind="module"),
-                *members,
-            ]
-        else:
-            members = [*_scaling(run, operations), Member(type(run.module).__name__, run.module, kind="module"), *members]
-        return [*members, Member("core", operations, kind="core")]
+            members.insert(0, Member(data if data != module else f"{data} (data)", run.datamodule, kind="data module"))
+        if run.options.precision == "16-mixed":
+            members.insert(0, Member("loss scaling", LossScaling(operations), kind="core"))
+        return members
 
     # ------------------------------------------------------------------ a run
 
     def _evaluate(self, stage: str, module: Module | None, loaders: Any, datamodule: Any, ckpt_path: str | Path | None) -> list[Results]:
         def work(run: Run, hooks: Hooks) -> list[Results]:
-            return hooks.evaluate(run, stage)  # type: ignore[return-value]
+            results: list[Results] = hooks.evaluate(run, stage)
+            return results
 
         results: list[Results] = self._do(stage, module, {stage: loaders}, datamodule, ckpt_path, work)
         return results
@@ -335,11 +331,6 @@ class Trainer(Settings):
         for member in members:
             if member.failure:
                 logger.error("%s was switched off: %s", member.label, member.failure)
-
-
-def _scaling(run: Run, operations: Operations) -> list[Member]:
-    """The part of the loss scaler that comes before everybody else, where there is one."""
-    return [Member("loss scaling", LossScaling(operations), kind="core")] if run.options.precision == "16-mixed" else []
 
 
 @contextmanager
