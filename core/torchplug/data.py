@@ -87,10 +87,10 @@ def limited(name: str, total: int | None, limit: int | float) -> int | None:
 
 def batch_size(batch: Any) -> int:
     """The first dimension of the first tensor in ``batch``; 0 if there is none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, (list, tuple)):
         parts: Any = batch
-    elif isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() else 1
     elif isinstance(batch, Mapping):
         parts = batch.values()
     elif dataclasses.is_dataclass(batch):
@@ -98,8 +98,7 @@ def batch_size(batch: Any) -> int:
     else:
         return 0
     for part in parts:
-        size = part.size(0) if isinstance(part, Tensor) and part.dim() else batch_size(part)
-        if size:
+        if size := batch_size(part):
             return size
     return 0
 

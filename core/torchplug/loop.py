@@ -105,8 +105,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     """One epoch: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
     every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
-    max_steps, timed = limits.max_steps, limits.timed
-    position.batch, run.is_last_batch, first_step = 0, False, position.step
+    max_steps, timed, within_epoch = limits.max_steps, limits.timed, validation.within_epoch
+    position.batch, run.exhausted, first_step = 0, False, position.step
     hooks.on_train_epoch_start(run)
     metrics.batches()
     for batch in islice(run.loaders["train"][0], run.limits["train"][0]):
@@ -122,12 +122,11 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         position.batch += 1
         position.micro_step += 1
         position.samples += size
-        run.is_last_batch = position.batch == run.num_batches
         hooks.on_train_batch_end(run, outputs, batch, batch_idx)
         batch = outputs = None  # nothing is held while the next one is fetched
-        if position.step != step and position.step % every == 0:
+        if position.step % every == 0 and position.step != step:
             _record(run, hooks, metrics.step_record())
-        if validation.within_epoch and validation.due_after_batch():
+        if within_epoch and validation.due_after_batch():
             hooks.evaluate(run, "validate")
         if (run.stop_reason or timed or position.step >= max_steps) and run.window_ends and limits.stop():
             break

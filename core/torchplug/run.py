@@ -72,7 +72,7 @@ class Run:
         loaders: the loaders of each stage (train, validate, test, predict).
         limits: how many batches of each loader are used, None for all.
         num_batches: training batches in an epoch, None if that is not known.
-        is_last_batch: whether all training batches of the epoch are done: what comes now belongs to the epoch's end.
+        exhausted: whether the training loader said that it has no more batches in this epoch.
         window: batches in the current accumulation window, as far as the loader's length tells.
         window_ends: whether the current batch ends it.
         contributions: losses that were added up in the current window, for each optimizer.
@@ -102,7 +102,7 @@ class Run:
     loaders: dict[str, list[Any]] = field(default_factory=dict)
     limits: dict[str, list[int | None]] = field(default_factory=dict)
     num_batches: int | None = None
-    is_last_batch: bool = False
+    exhausted: bool = False
     window: int = 1
     window_ends: bool = True
     contributions: list[int] = field(default_factory=list)
@@ -128,6 +128,11 @@ class Run:
     def seconds(self) -> float:
         """Time since the run started."""
         return time.perf_counter() - self._started
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether all training batches of the epoch are done: what comes now belongs to the epoch's end."""
+        return self.exhausted or self.position.batch == self.num_batches
 
     @property
     def total_steps(self) -> int | None:

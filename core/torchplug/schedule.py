@@ -81,7 +81,7 @@ class Limits:
                 f"the training loader's length is {run.num_batches}, but it gave {self.position.batch} batches; its length is ignored"
             )
             run.num_batches = None
-        run.is_last_batch = True
+        run.exhausted = True
 
     def check_progress(self, first_step: int) -> None:
         """An epoch without one optimizer step trains nothing.
