@@ -14,6 +14,7 @@ import enum
 import errno
 import json
 import os
+import platform
 import zlib
 from argparse import Namespace
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def collect(run: Run) -> dict[str, Any]:
     """Everything that a run can change, as nested dicts and lists of tensors and plain values."""
     options = run.options
     return {
-        "versions": {"torchplug": _version("torchplug"), "torch": torch.__version__, **run.packages},
+        "versions": {**versions(), **run.packages},
         "run": {"id": run.id, "class": type(run.module).__qualname__},
         "position": dataclasses.asdict(run.position),
         "module": dict(run.module.state_dict()),
@@ -68,11 +69,13 @@ def module_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(state["module"])
 
 
-def _version(distribution: str) -> str:
+def versions() -> dict[str, str]:
+    """The versions that a run's results depend on first of all."""
     try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"
+        own = version("torchplug")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": own}
 
 
 def plain(value: Any, path: str) -> Any:

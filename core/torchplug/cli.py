@@ -138,8 +138,9 @@ def _lenient(name: str) -> Any:
     """A plugin as it can be built without its required options: they do not change the order."""
     plain = name.rpartition("/")[2].partition(":")[0]
     target = next(each for each in discover() if each.name == plain).load()
-    missing = [field.name for field in fields_of(target) if field.default == "required"] if isinstance(target, type) else []
-    return {name: dict.fromkeys(missing, "...")} if missing else name
+    fields = fields_of(target) if isinstance(target, type) else []
+    stand_ins = {"int": 1, "float": 1.0, "bool": True}
+    return {name: {field.name: stand_ins.get(field.type, "...") for field in fields if field.default == "required"}}
 
 
 def _explain_order(members: Sequence[Member]) -> None:

@@ -327,11 +327,11 @@ class Metrics:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Whatever is published inside is forgotten afterwards."""
-        published, unsent, serial = dict(self._published), dict(self._unsent), self._serial
+        before = dict(self._published), dict(self._unsent), dict(self.names), self._serial
         try:
             yield
         finally:
-            self._published, self._unsent, self._serial = published, unsent, serial
+            self._published, self._unsent, self.names, self._serial = before
 
     # ------------------------------------------------------------------ reading
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchplug.blame import add_note
+from torchplug.checkpoint import versions
 from torchplug.data import LOADERS, DataModule, length, limited
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
@@ -237,6 +238,9 @@ def make_directory(root: str | os.PathLike[str], name: str) -> Path:
 
 def write_config(run: Run) -> None:
     """``config.yaml``: the options of the run, its plugins with theirs, and the versions."""
+    file = run.dir / "config.yaml"
+    if file.exists():  # an evaluation that goes on in the folder of its fit
+        return
     lines = ["# written by torchplug; values are JSON, which is YAML"]
     for field in fields(run.options):
         if field.name != "plugins":
@@ -248,8 +252,8 @@ def write_config(run: Run) -> None:
         )
         lines.append(f"  - {json.dumps(name)}: {_json(options)}")
     lines.append("versions:")
-    lines += [f"  {json.dumps(name)}: {_json(package)}" for name, package in run.packages.items()]
-    (run.dir / "config.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += [f"  {json.dumps(name)}: {_json(package)}" for name, package in {**versions(), **run.packages}.items()]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _json(value: Any) -> str:
