@@ -365,9 +365,8 @@ def main() -> None:
     except (ImportError, importlib.metadata.PackageNotFoundError):
         pass
     print(f"Python {platform.python_version()}, {', '.join(versions)}, {platform.machine()}, 1 thread")
-    print(
-        f"microseconds of CPU per step, 10th percentile of windows of {WINDOW}, median of {options.repeats} pairs of {options.steps} steps\n"
-    )
+    print(f"microseconds of CPU per step, 10th percentile of windows of {WINDOW} steps")
+    print(f"median of {options.repeats} pairs of {options.steps} steps each\n")
     print("| | loop by hand | step | over it | range | ratio |\n|---|---|---|---|---|---|")
     figures = [compare(name, work, base, options.repeats, options.steps) for name, work, base in rows if name.startswith(options.only)]
     print("\n" + import_cost(options.repeats))

@@ -97,12 +97,15 @@ def installed(name: str) -> bool:
 
 
 def build(named: Sequence[Any]) -> list[Member]:
-    """Members from what a user wrote: names, mappings name -> options, and objects; bundles are opened.
+    """Members from what a user wrote: names, mappings name -> options, and objects.
+
+    A bundle is opened; a plugin in it gives way where the user names the same plugin too, with options for example.
 
     Raises:
         PluginError: a name, option or object that cannot be used.
     """
     catalogue = _Catalogue()
+    mentioned = _mentioned(named, catalogue)
     members: dict[str, Member] = {}
 
     def add(name: str, plugin: Any, found: Found | None) -> None:
@@ -127,7 +130,8 @@ def build(named: Sequence[Any]) -> list[Member]:
                     f"plugin {base!r} is a bundle of {', '.join(map(str, target))} and takes no options; name its plugins instead"
                 )
             for each in target:
-                add_any(each)
+                if str(each) not in mentioned:
+                    add_any(each)
             return
         own = found.name + (f":{instance}" if instance else "")
         add(own, _build_one(own, found, target, dict(options)), found)
@@ -149,6 +153,17 @@ def build(named: Sequence[Any]) -> list[Member]:
     for each in named:
         add_any(each)
     return list(members.values())
+
+
+def _mentioned(named: Sequence[Any], catalogue: _Catalogue) -> set[str]:
+    """The plugins that the user names directly, whatever their instances are called."""
+    names = set()
+    for each in named:
+        if isinstance(each, (str, Mapping)):
+            names.update(str(key).partition(":")[0] for key in ([each] if isinstance(each, str) else each))
+        elif found := catalogue.origin(each):
+            names.add(found.name)
+    return names
 
 
 def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> Any:
