@@ -157,7 +157,7 @@ def build(named: Sequence[Any]) -> list[Member]:
 
 def _mentioned(named: Sequence[Any], catalogue: _Catalogue) -> set[str]:
     """The plugins that the user names directly, whatever their instances are called."""
-    names = set()
+    names: set[str] = set()
     for each in named:
         if isinstance(each, (str, Mapping)):
             names.update(str(key).partition(":")[0] for key in ([each] if isinstance(each, str) else each))
