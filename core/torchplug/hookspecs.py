@@ -11,7 +11,7 @@ An implementation names only the arguments it wants. The picture of a run::
     launch
       setup
       setup_module
-      prepare_loader
+      for loader: prepare_loader
       on_run_start
       log_hyperparameters
       [load_checkpoint  on_checkpoint_loaded]      when starting from a file
@@ -34,12 +34,13 @@ An implementation names only the arguments it wants. The picture of a run::
           [log_metrics]                            every log_every_n_steps
           when validation is due: evaluate
             on_validation_start  on_validation_epoch_start
-            for batch: move_batch  on_validation_batch_start  validation_step  on_validation_batch_end
-            on_validation_epoch_end  [log_metrics]  on_validation_end
+            for batch: move_batch  on_validation_batch_start  validation_step  on_validation_batch_end  [log_metrics]
+            on_validation_epoch_end  [log_metrics]  on_validation_end  [log_metrics]
         [scheduler_step  on_scheduler_step]        schedulers with interval="epoch"
-        on_train_epoch_end
-        [log_metrics]
+        [on_train_epoch_end  log_metrics]          unless training stops in the middle of it
+      [log_metrics]                              step values since the last record
       on_train_end
+      [log_metrics]
       on_fit_end                                   always, also after an error
     teardown                                       always, in reverse order
     on_run_end                                     always, in reverse order
@@ -169,7 +170,7 @@ class Hooks:
 
     @operation
     def train_batch(self, run: Run, batch: Any, batch_idx: int) -> Any:
-        """The whole of one batch: forward, backward and, at the end of a window, the update.
+        """The whole of one batch: forward, backward and, at the end of a window, the update. ``None``: core does all of it.
 
         What answers replaces everything up to ``on_train_batch_end`` (a compiled step, two-pass optimizers), counts
         ``run.position.step`` itself and answers with the outputs. Since 0.1.
@@ -396,7 +397,7 @@ class Hooks:
 
     @operation
     def tune(self, run: Run) -> Any:
-        """``trainer.tune``: look for a good value and set it. Answer with the result. Since 0.1."""
+        """``trainer.tune``: look for a good value and set it. Answer with the result; ``None``: nothing to tune. Since 0.1."""
 
     # ------------------------------------------------------------------ the end of a run
 

@@ -142,8 +142,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     limits.check_progress(first_step)
     metrics.finish()
     metrics.complete = validation.happened or not validation.enabled
-    for scheduler in run.schedulers:
-        if scheduler.interval == "epoch" and (position.epoch + 1) % scheduler.frequency == 0:
+    for scheduler in run.epoch_schedulers:
+        if (position.epoch + 1) % scheduler.frequency == 0:
             _step_scheduler(run, hooks, scheduler)
     hooks.on_train_epoch_end(run)
     _record(run, hooks, metrics.record())
@@ -241,6 +241,7 @@ def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int
             hooks.on_before_backward(run, again)
             hooks.backward(run, again, run.optimizers[index])
             hooks.on_after_backward(run)
+            hooks.clip_gradients(run, run.optimizers[index])  # the search must not mix clipped with unclipped ones
         return again
 
     return closure

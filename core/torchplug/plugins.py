@@ -205,15 +205,14 @@ def order(members: Sequence[Member]) -> list[Member]:
             for other in _meant(member, names, members):
                 first, second = (other, member) if mine else (member, other)
                 earlier[second.name][first.name] = f"{names}={_shown(member, names)} of {member.name}"
-    for member in members:  # "*" gives way to what others ask for by name
+    for member in members:  # "*" gives way to what others ask for by name, however indirectly
         for names, mine in (("after", True), ("before", False)):
             if "*" not in _wishes(member, names):
                 continue
             for other in members:
                 first, second = (other, member) if mine else (member, other)
-                if other is member or "*" in _wishes(other, names) or second.name in earlier[first.name]:
-                    continue
-                earlier[second.name].setdefault(first.name, f"{names}='*' of {member.name}")
+                if other is not member and "*" not in _wishes(other, names) and not _reaches(second.name, first.name, earlier):
+                    earlier[second.name].setdefault(first.name, f"{names}='*' of {member.name}")
     placed: list[Member] = []
     waiting = list(members)
     while waiting:
@@ -225,6 +224,20 @@ def order(members: Sequence[Member]) -> list[Member]:
         placed.append(ready)
         waiting.remove(ready)
     return placed
+
+
+def _reaches(start: str, end: str, earlier: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether ``start`` has to come before ``end``."""
+    waiting = [end]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name == start:
+            return True
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(earlier[name])
+    return False
 
 
 def _wishes(member: Member, which: str) -> tuple[str, ...]:

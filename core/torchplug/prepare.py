@@ -111,6 +111,8 @@ def _find_loaders(run: Run, stage: str, sources: Sources) -> None:
             loaders = []
         elif not loaders and defines(run.module, step):
             run.say_once(f"{type(run.module).__name__} has a {step}, but there is no {method}: nothing is validated")
+    elif getattr(run.options, LIMIT_OF[stage]) == 0:
+        raise ValueError(f"{LIMIT_OF[stage]}=0 leaves nothing for trainer.{run.work}")
     elif not loaders:
         raise TypeError(
             f"trainer.{run.work} needs data: give it a loader or a data module, or define {method} in {type(run.module).__name__}"
@@ -170,10 +172,9 @@ def _set_limits(run: Run) -> None:
         run.limits[stage] = [limited(name, length(loader), getattr(options, name)) for loader in loaders]
     if "train" in run.loaders:
         run.num_batches = run.limits["train"][0] if length(run.loaders["train"][0]) is not None else None
-        if options.limit_train_batches == 1.0:
-            run.limits["train"] = [None]  # a loader that gives more than its length says is not cut off
-    if options.limit_val_batches == 1.0 and "validate" in run.limits:
-        run.limits["validate"] = [None] * len(run.loaders["validate"])
+    for stage, limits in run.limits.items():
+        if getattr(options, LIMIT_OF[stage]) == 1.0 and isinstance(getattr(options, LIMIT_OF[stage]), float):
+            run.limits[stage] = [None] * len(limits)  # a loader that gives more than its length says is not cut off
     if "validate" in run.limits and run.work == "fit":
         few = options.num_sanity_val_steps
         run.limits["sanity"] = [limit if few < 0 else few if limit is None else min(few, limit) for limit in run.limits["validate"]]
@@ -199,6 +200,7 @@ def _set_optimizers(run: Run) -> None:
             raise ValueError("accumulate_grad_batches is for automatic optimization; in manual optimization call step() every few batches")
         return
     run.step_schedulers = [scheduler for scheduler in run.schedulers if scheduler.interval == "step"]
+    run.epoch_schedulers = [scheduler for scheduler in run.schedulers if scheduler.interval == "epoch"]
     if not run.optimizers:
         raise ValueError(f"{name}.configure_optimizers returned no optimizer; return one, such as torch.optim.AdamW(self.parameters())")
     if any(run.closures) and options.accumulate_grad_batches > 1:

@@ -68,7 +68,8 @@ class Run:
         manual_optimizers: the same for manual optimization: their ``step`` is announced and counted.
         optimizer_steps: finished steps of each optimizer.
         schedulers: learning-rate schedulers with their turns.
-        step_schedulers: those among them whose interval is an optimizer step.
+        step_schedulers: those among them that the loop steps after an optimizer step.
+        epoch_schedulers: those that it steps at the end of an epoch; in manual optimization the module steps them all.
         loaders: the loaders of each stage (train, validate, test, predict).
         limits: how many batches of each loader are used, None for all.
         num_batches: training batches in an epoch, None if that is not known.
@@ -108,6 +109,7 @@ class Run:
     contributions: list[int] = field(default_factory=list)
     closures: list[bool] = field(default_factory=list)
     step_schedulers: list[Scheduler] = field(default_factory=list)
+    epoch_schedulers: list[Scheduler] = field(default_factory=list)
     counted: int = -1
     stop_reason: str = ""
     best_path: Path | None = None

@@ -52,11 +52,17 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _with_samplers(loader: Any) -> list[Any]:
+    """A loader and its samplers: each may have a generator of its own."""
+    batches = getattr(loader, "batch_sampler", None)
+    return [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+
+
 @contextmanager
 def preserved(*loaders: Any) -> Iterator[None]:
     """Whatever is drawn inside, the global generators and those of ``loaders`` are afterwards as they were before."""
     state = generator_state()
-    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    owners = [owner for loader in loaders for owner in _with_samplers(loader)]
     own = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)}
     states = [(generator, generator.get_state()) for generator in own.values()]
     try:
