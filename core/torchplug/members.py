@@ -146,7 +146,9 @@ class Member:
                 method(*args)
             except Exception as error:
                 if not self.failure:
-                    self.failure = f"{type(error).__name__} in {hook}: {error}"
+                    run = next((value for value in args if hasattr(value, "position")), None)
+                    when = f" at step {run.position.step}" if run is not None else ""
+                    self.failure = f"{type(error).__name__} in {hook}{when}: {error}"
                     logger.error(
                         "%s failed in %s and is switched off, training goes on: %s: %s",
                         self.label, hook, type(error).__name__, error, exc_info=error,

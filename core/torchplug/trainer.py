@@ -235,9 +235,12 @@ class Trainer(Settings):
                 result: Any = run.hooks.launch(
                     run, lambda: loop.conduct(run, run.hooks, members, lambda: self._inside(run, given, path, main))
                 )
-                self._report(run, members)
+                self._report(run, result)
         finally:
             module._run = None
+            for member in members:
+                if member.failure:
+                    logger.error("%s was switched off: %s", member.label, member.failure)
         return result
 
     def _inside(self, run: Run, given: dict[str, Any], path: Path | None, main: Callable[[Run, Hooks], Any]) -> Any:
@@ -314,7 +317,7 @@ class Trainer(Settings):
             logger.info("%s with the weights of %s", work, path)
         return path
 
-    def _report(self, run: Run, members: list[Member]) -> None:
+    def _report(self, run: Run, result: Any) -> None:
         """What a user wants to know when a run is over."""
         self.metrics = run.metrics.results()
         if run.work in ("fit", "tune"):
@@ -326,11 +329,16 @@ class Trainer(Settings):
             )  # fmt: skip
             names = ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step"
             logger.info("metrics recorded: %s", names)
+        elif run.work != "predict":
+            for dataloader_idx, values in enumerate(result):
+                which = f" {dataloader_idx}" if len(result) > 1 else ""
+                logger.info(
+                    "%s%s: %s", run.work, which, ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "nothing logged"
+                )
+        if not run.options.fast_dev_run:
+            logger.info("run directory: %s", run.dir)
         for name, line in run.report.items():
             logger.info("%s: %s", name, line)
-        for member in members:
-            if member.failure:
-                logger.error("%s was switched off: %s", member.label, member.failure)
 
 
 @contextmanager
