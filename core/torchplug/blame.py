@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchplug.members import Member
+    from torchplug.run import Run
 
-__all__ = ["add_note", "also", "blame", "caller"]
+__all__ = ["add_note", "also", "blame", "caller", "note_place"]
 
 logger = logging.getLogger("torchplug")
 
@@ -38,6 +39,8 @@ def _culprit(frames: Iterable[FrameType], members: Iterable[Member]) -> tuple[Me
     """The member whose hook is in the first of ``frames`` that belongs to a hook."""
     by_code: dict[object, list[tuple[Member, str]]] = {}
     for member in members:
+        if member.kind == "core":  # it only calls what is the user's
+            continue
         for code, hook in member.codes.items():
             by_code.setdefault(code, []).append((member, hook))
     for frame in frames:
@@ -49,11 +52,20 @@ def _culprit(frames: Iterable[FrameType], members: Iterable[Member]) -> tuple[Me
 
 def blame(error: BaseException, members: Iterable[Member], rank: int) -> None:
     """Notes on ``error`` the plugin, package, version, hook and rank it came from, if it came from a hook."""
+    if any(note.startswith("raised by ") for note in getattr(error, "__notes__", [])):
+        return
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = _culprit(reversed(frames), members)
     if found is not None:
         member, hook = found
         add_note(error, f"raised by {member.label} in {hook}, rank {rank}")
+
+
+def note_place(error: BaseException, run: Run) -> None:
+    """Notes on ``error`` where the run stood, once."""
+    if not any(note.startswith("while in stage ") for note in getattr(error, "__notes__", [])):
+        where = run.position
+        add_note(error, f"while in stage {where.stage or run.work}: epoch {where.epoch}, batch {where.batch}, step {where.step}")
 
 
 def caller(members: Iterable[Member]) -> str:

@@ -20,6 +20,9 @@ LOADERS = {
 }
 
 
+IN_WORDS = {"train": "training", "validate": "validation", "sanity": "validation", "test": "test", "predict": "prediction"}
+
+
 class DataModule:
     """Data and how to load it, apart from the model. Define the methods you need; hooks by their names are called too.
 

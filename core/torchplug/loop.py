@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchplug.blame import add_note, also, blame
-from torchplug.data import batch_size
+from torchplug.blame import also, blame, note_place
+from torchplug.data import IN_WORDS, batch_size
 from torchplug.loss import LossWatch, explain_backward, loss_of
 from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
@@ -47,8 +47,7 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
     except BaseException as error:
         failure = error
         blame(error, members, run.rank)
-        where = run.position
-        add_note(error, f"while in stage {where.stage or run.work}: epoch {where.epoch}, batch {where.batch}, step {where.step}")
+        note_place(error, run)
         if _out_of_memory(error):
             told(hooks.on_out_of_memory, error)
         told(hooks.on_exception, error)
@@ -326,7 +325,7 @@ def _one_pass(run: Run, hooks: Hooks, stage: str, kept: list[list[Any]] | None) 
                 if count % every == 0 and stage != "sanity":
                     _record(run, hooks, metrics.step_record())
             if count == 0:
-                raise ValueError(f"the {source} loader {dataloader_idx} gave no batch; is its data set empty, or used up?")
+                raise ValueError(f"the {IN_WORDS[stage]} loader {dataloader_idx} gave no batch; is its data set empty, or used up?")
         results = metrics.finish()
         on.epoch_end(run)
         values = metrics.record()

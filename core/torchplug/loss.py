@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -71,45 +72,51 @@ class LossWatch:
         self.run, self.position = run, run.position
         self.policy = run.options.nonfinite_loss
         self.every = run.options.log_every_n_steps
+        self.warned = False
         self.bad = 0  # batches in a row
         self.since = 0  # the step at which the first of them was seen
         self.value = 0.0
-        self.next = self.every - 1
-        self.due: float = math.inf if self.policy == "ignore" else min(self.next, self._to_the_last())
-
-    def _to_the_last(self) -> float:
-        """How many batches it is to the last one of the epoch, which is always looked at."""
-        return math.inf if self.run.num_batches is None else self.run.num_batches - 1 - self.position.batch
+        self.next = self.every - 1  # the micro step of the next check
+        self.latest: Tensor | None = None  # kept where the last batch of the epoch cannot be foreseen
+        self.due: float = math.inf if self.policy == "ignore" else 0
 
     def look(self, outputs: Any) -> None:
-        """Looks at the loss of a batch and plans the next look.
+        """Looks at the loss of a batch if it is time, or the last batch, and plans the next look.
 
         Raises:
             FloatingPointError: it was not finite in `PERSISTS` batches in a row, and the policy is "error".
         """
         loss = outputs[-1] if isinstance(outputs, list) and outputs else outputs
         loss = loss.get("loss") if isinstance(loss, Mapping) else loss
-        micro_step = self.position.micro_step
-        self.next = micro_step + self.every
+        position, batches = self.position, self.run.num_batches
+        steps_left = (self.run.options.max_steps or sys.maxsize) - position.step  # this batch's update is counted already
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self.value = float(loss.detach())
-            if math.isfinite(self.value):
-                self.bad = 0
-            else:
-                self._is_bad()
-                self.next = micro_step + 1
-        to_the_last = self._to_the_last()
+            if position.micro_step >= self.next or position.batch + 1 == batches or steps_left <= 0:
+                self._check(loss)
+            elif batches is None:
+                self.latest = loss.detach()
+        to_the_last = 1 if batches is None else batches - 1 - position.batch
         if to_the_last <= 0:
-            to_the_last += self.run.num_batches or 1
-        self.due = min(self.next, micro_step + to_the_last)
+            to_the_last += batches or 1
+        self.due = position.micro_step + max(1, min(self.next - position.micro_step, to_the_last, steps_left))
+
+    def _check(self, loss: Tensor) -> None:
+        self.latest = None
+        self.value = float(loss.detach())
+        if math.isfinite(self.value):
+            self.bad, self.next = 0, self.position.micro_step + self.every
+        else:
+            self.next = self.position.micro_step + 1
+            self._is_bad()
 
     def _is_bad(self) -> None:
         if self.bad == 0:
             self.since = self.position.step
         self.bad += 1
-        if self.policy == "warn":
+        if self.policy == "warn" and not self.warned:
+            self.warned = True
             self.run.say_once(self._words(f"the loss is {self.value}"), logging.WARNING)
-        elif self.bad >= PERSISTS:
+        elif self.policy == "error" and self.bad >= PERSISTS:
             raise FloatingPointError(self._words(f"the loss is {self.value}"))
 
     def conclude(self) -> None:
@@ -120,6 +127,8 @@ class LossWatch:
         """
         if self.policy != "error":
             return
+        if self.latest is not None:
+            self._check(self.latest)
         if self.bad:
             raise FloatingPointError(self._words(f"the loss is {self.value}"))
         trained = [(name, p) for name, p in self.run.module.named_parameters() if p.requires_grad and p.numel()]

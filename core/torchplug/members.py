@@ -53,6 +53,7 @@ class Member:
     rule: str = "as listed"
     hooks: dict[str, Any] = field(default_factory=dict)  # hook name -> pluggy's options for the implementation
     codes: dict[Any, str] = field(default_factory=dict)  # code object -> hook name, to find who was at fault
+    position: Any = None  # where the run stands, set when it starts
     failure: str = ""  # set when the plugin was switched off after an error
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class Member:
             method = getattr(self.plugin, hook)
             if method is None:  # set to None on the instance: not implemented this time
                 continue
-            self.codes[function.__code__] = hook
+            self.codes[inspect.unwrap(function).__code__] = hook
             if policy == "disable":
                 if options["wrapper"] or hook in OPERATIONS:
                     raise PluginError(
@@ -102,6 +103,8 @@ class Member:
         names = _own_names(cls) if bare else dir(cls)
         for name in names:
             function = inspect.getattr_static(cls, name)
+            if name in PARAMETERS and isinstance(function, (staticmethod, classmethod)):
+                raise PluginError(f"{self.label}: {cls.__name__}.{name} must be a method, not a {type(function).__name__}")
             if not isinstance(function, FunctionType):
                 continue
             options = getattr(function, "torchplug_impl", None)
@@ -125,6 +128,10 @@ class Member:
             raise PluginError(f"{where}: {hook} reaches every plugin and cannot be wrapped")
         if options["wrapper"] and not inspect.isgeneratorfunction(function):
             raise PluginError(f"{where}: a wrapper must yield once")
+        if not options["wrapper"] and inspect.isgeneratorfunction(function):
+            raise PluginError(f"{where}: it yields, so its body would never run; write @hookimpl(wrapper=True), or do not yield")
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise PluginError(f"{where}: hooks are called, not awaited; write it without async")
         for parameter in list(inspect.signature(function).parameters.values())[1:]:
             if parameter.name not in PARAMETERS[hook]:
                 possible = ", ".join(PARAMETERS[hook])
@@ -146,8 +153,7 @@ class Member:
                 method(*args)
             except Exception as error:
                 if not self.failure:
-                    run = next((value for value in args if hasattr(value, "position")), None)
-                    when = f" at step {run.position.step}" if run is not None else ""
+                    when = f" at step {self.position.step}" if self.position is not None else ""
                     self.failure = f"{type(error).__name__} in {hook}{when}: {error}"
                     logger.error(
                         "%s failed in %s and is switched off, training goes on: %s: %s",

@@ -76,7 +76,7 @@ class _Series:
 
     __slots__ = (
         "everything", "fork", "last", "logger", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
-        "reduce", "source", "total", "unsent", "weight", "weights",
+        "reduce", "source", "total", "touched", "unsent", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
@@ -84,13 +84,19 @@ class _Series:
         self.prog_bar, self.logger, self.reduce = options[0], options[1], options[4]
         self.fork = on_step and on_epoch
         self.last: Any = None
-        self.unsent = False
+        self.unsent = False  # whether there is a step value that no logger got
+        self.touched = False  # whether a metric object was logged since it was computed
         self.pending: list[Any] = []
         self.weights: list[int] = []
         self.total: Tensor | None = None
         self.weight = 0
         self.everything: list[Tensor] = []
         self.source: Any = None  # an object with update / compute / reset
+
+    def named(self, kind: str, loader: int, loaders: int) -> str:
+        """The name under which a value is published: with its kind if there are two, and its loader if there are several."""
+        name = self.name + (kind if self.fork else "")
+        return f"{name}/dataloader_idx_{loader}" if loaders > 1 and self.options[5] else name
 
     def fold(self) -> None:
         """Adds the pending values to the total."""
@@ -120,6 +126,9 @@ class _Series:
     def result(self) -> Tensor | float | None:
         """The epoch value, None if nothing was logged. Begins anew."""
         if self.source is not None:
+            if not self.touched:
+                return None
+            self.touched = False
             value: Any = self.source.compute()
             self.source.reset()
             return value.detach() if isinstance(value, Tensor) else float(value)
@@ -177,34 +186,41 @@ class Metrics:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
-            if value.requires_grad and not enable_graph:
-                value = value.detach()
+            if not enable_graph:  # parameters, buffers and sums may be changed in place afterwards, so they are copied
+                value = value.detach() if value.grad_fn is not None else value.detach().clone()
         elif series.source is not None:
-            series.unsent = True
+            series.unsent = series.touched = True
             return
         elif not isinstance(value, (int, float)):
             self._refuse(name, value)
         series.last = value
         series.unsent = True
         if series.on_epoch:
-            size = batch_size or self.size
-            if not size and series.reduce == "mean":
-                raise ValueError(f"log({name!r}): the size of the batch is not known; give batch_size=")
+            size = self.size if batch_size is None else batch_size
+            if batch_size is not None or (not size and series.reduce == "mean"):
+                self._check_size(name, batch_size)
             series.pending.append(value)
             series.weights.append(size)
             if len(series.pending) == FOLD:
                 series.fold()
 
+    @staticmethod
+    def _check_size(name: str, batch_size: Any) -> None:
+        if batch_size is None:
+            raise ValueError(f"log({name!r}): the size of the batch is not known; give batch_size=")
+        if type(batch_size) is not int or batch_size < 0:
+            raise ValueError(f"log({name!r}): batch_size must be an int from 0 on, got {batch_size!r}")
+
     def _declare(self, name: str, value: Any, options: LogOptions) -> _Series | None:
         """The first ``log`` of a name: its arguments are checked once. None for a value that was dealt with at once."""
-        prog_bar, logger, on_step, on_epoch, reduce_fx, add_idx = options
+        prog_bar, logger, on_step, on_epoch, reduce_fx, _ = options
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name of a metric must be a text, got {name!r}")
         if not self._pass.in_batches:
-            self._log_once(name, value, prog_bar, logger is not False, on_step, add_idx)
+            self._log_once(name, value, prog_bar, logger is not False, on_step)
             return None
         if name in self._series:
             raise ValueError(f"log({name!r}) was called with other arguments before; use another name, or the same arguments")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the name of a metric must be a text, got {name!r}")
         if not callable(reduce_fx) and reduce_fx not in REDUCTIONS:
             raise ValueError(f"log({name!r}): reduce_fx must be one of {', '.join(REDUCTIONS)} or a function, got {reduce_fx!r}")
         training = self._pass.stage == "train"
@@ -221,7 +237,7 @@ class Metrics:
     def _refuse(self, name: str, value: Any) -> None:
         raise TypeError(f"log({name!r}) takes a number, a tensor with one element or a metric object, got {type(value).__name__} {value!r}")
 
-    def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None, add_idx: bool) -> None:
+    def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None) -> None:
         """A value logged outside of batches is what it is, at once."""
         if on_step:
             raise ValueError(f"log({name!r}): on_step=True has no meaning outside of batches; leave it out")
@@ -273,20 +289,18 @@ class Metrics:
         for loader, series in enumerate(self._pass.by_loader):
             values: dict[str, Tensor | float] = {}
             for each in series.values():
+                if each.on_step and each.source is None and each.last is not None:  # for monitors
+                    self._publish(each.named("_step", loader, self._pass.loaders), each.last, logger=False)
                 if not each.on_epoch:
                     continue
                 value = each.result()
                 if value is None:
                     continue
-                name = each.name
-                if self._pass.loaders > 1 and each.options[5]:
-                    name = f"{name}/dataloader_idx_{loader}"
-                sent = each.logger is not False
-                if each.fork:  # the plain name is for monitors, loggers get the two others
-                    self._publish(f"{name}_epoch", value, False, sent)
-                    sent = False
-                self._publish(name, value, each.prog_bar, sent)
-                values[f"{name}_epoch" if each.fork else name] = value
+                name, sent = each.named("_epoch", loader, self._pass.loaders), each.logger is not False
+                self._publish(name, value, each.prog_bar and not each.fork, sent)
+                if each.fork:  # loggers get the names with suffixes, monitors find the plain one too
+                    self._publish(each.named("", loader, self._pass.loaders), value, each.prog_bar, logger=False)
+                values[name] = value
             results.append(Results(zip(values, read(list(values.values())), strict=True)))
         return results
 
@@ -294,17 +308,18 @@ class Metrics:
     def complete_results(results: list[Results], values: dict[str, float]) -> list[Results]:
         """``results`` with the values that were logged at the end of the pass, which belong to every loader."""
         known = {name for each in results for name in each}
-        names = [name for name in values if name.split("/dataloader_idx_")[0] not in known]
+        names = [name for name in values if name not in known]
         return [Results({**each, **{name: values[name] for name in names}}) for each in results]
 
     def step_record(self) -> dict[str, float]:
         """The step values logged since the last record, read from the device together; they are published too."""
-        for series in self._pass.by_loader[self._pass.loader].values():
+        open_pass = self._pass
+        for series in open_pass.by_loader[open_pass.loader].values():
             if not series.on_step or not series.unsent:
                 continue
             value = series.source.compute() if series.source is not None else series.last
             series.unsent = False
-            self._publish(f"{series.name}_step" if series.fork else series.name, value, False, series.logger is not False)
+            self._publish(series.named("_step", open_pass.loader, open_pass.loaders), value, False, series.logger is not False)
         return self.record()
 
     def record(self) -> dict[str, float]:
@@ -372,7 +387,7 @@ class Metrics:
         values: dict[str, Any] = {name: entry.value for name, entry in self._published.items() if entry.prog_bar}
         for series in self._pass.by_loader[self._pass.loader].values():
             if series.prog_bar and series.source is None and series.last is not None:
-                values[f"{series.name}_step" if series.fork else series.name] = series.last
+                values[series.named("_step", self._pass.loader, self._pass.loaders)] = series.last
         return dict(zip(values, read(list(values.values())), strict=True))
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchplug.data import DataModule
+from torchplug.optimizers import outside_of_autocast
 from torchplug.options import closest
 
 if TYPE_CHECKING:
@@ -203,9 +205,10 @@ class Module(nn.Module):
     def manual_backward(self, loss: Tensor) -> None:
         """``loss.backward()`` with precision and hooks, for manual optimization."""
         run = self.run
-        run.hooks.on_before_backward(run, loss)
-        run.hooks.backward(run, loss, None)
-        run.hooks.on_after_backward(run)
+        with outside_of_autocast(run):
+            run.hooks.on_before_backward(run, loss)
+            run.hooks.backward(run, loss, None)
+            run.hooks.on_after_backward(run)
 
     # ------------------------------------------------------------------ hyperparameters
 
@@ -375,14 +378,14 @@ def defines(module: Module, method: str) -> bool:
     return getattr(type(module), method) is not getattr(Module, method)
 
 
-def check_names(module: Module) -> None:
-    """Refuses methods of older trainers, and misspelt ones where the right one is missing.
+def check_names(owner: Any) -> None:
+    """Refuses methods of older trainers, and misspelt ones where the right one is missing, in a module or data module.
 
     Raises:
         TypeError: names the method and what to write.
     """
-    for base in type(module).__mro__:
-        if base in Module.__mro__:
+    for base in type(owner).__mro__:
+        if base in Module.__mro__ or base is DataModule:
             continue
         for name, value in vars(base).items():
             if not inspect.isfunction(value) or name in KNOWN:

@@ -43,7 +43,7 @@ class Operations:
         self.clip_by_norm = options.gradient_clip_algorithm == "norm"
         self.scaler: torch.amp.GradScaler | None = None
         self.updated = True  # whether the scaler let the last step through
-        self.stepped = False  # whether it was asked since its last update
+        self.stepped: list[Optimizer] = []  # who stepped since its last update
         self.stays = False  # whether batches need not be moved
         self.steps = {name: _positional(getattr(run.module, name)) for name in STEPS}
         if not self.mixed:  # the hottest call of all is made without this object in between
@@ -123,8 +123,16 @@ class Operations:
         if self.scaler is None:
             loss.backward()  # type: ignore[no-untyped-call]
             return True
+        if optimizer is None and self.stepped and not self._held_gradients(run):
+            self.scaler.update()  # a batch in which an optimizer steps twice
+            self.stepped.clear()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return True
+
+    def _held_gradients(self, run: Run) -> bool:
+        """Whether an optimizer that has yet to step holds gradients under the present loss scale."""
+        waiting = [optimizer for optimizer in run.optimizers if all(optimizer is not other for other in self.stepped)]
+        return any(p.grad is not None for optimizer in waiting for group in optimizer.param_groups for p in group["params"])
 
     @hookimpl
     def clip_gradients(self, optimizer: Optimizer) -> bool:
@@ -143,11 +151,15 @@ class Operations:
                 optimizer.step()
             else:
                 optimizer.step(closure)  # type: ignore[arg-type]
+            if self.mixed:  # manual optimization may go forward again in the same autocast
+                torch.clear_autocast_cache()
             return True
         if needs_closure(optimizer):
             raise ValueError(f"precision='16-mixed' cannot be used with {type(optimizer).__name__}, which evaluates the loss itself")
-        self.updated, self.stepped = False, True
+        self.updated = False
+        self.stepped.append(optimizer)
         self.scaler.step(optimizer)
+        torch.clear_autocast_cache()
         return self.updated
 
     @hookimpl
@@ -218,4 +230,4 @@ class LossScaling:
         assert scaler is not None
         if self.operations.stepped:  # several optimizers share one scale, which changes when all have stepped
             scaler.update()
-            self.operations.stepped = False
+            self.operations.stepped.clear()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
     from torchplug.run import Run
 
-__all__ = ["ManualOptimizer", "Scheduler", "needs_closure", "only", "parse"]
+__all__ = ["ManualOptimizer", "Scheduler", "needs_closure", "only", "outside_of_autocast", "parse"]
 
 FORMS = (
     "one optimizer, a list of them, a tuple (optimizers, schedulers), or dicts with 'optimizer' and, if wanted, "
@@ -145,6 +146,12 @@ def only(optimizer: Optimizer, others: Sequence[Optimizer]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def outside_of_autocast(run: Run) -> AbstractContextManager[Any]:
+    """For what a ``training_step`` in manual optimization does besides the forward pass."""
+    mixed = str(run.options.precision).endswith("-mixed")
+    return torch.autocast(run.device.type, enabled=False) if mixed else nullcontext()
+
+
 class ManualOptimizer:
     """An optimizer for manual optimization: ``step`` goes through the hooks, precision and counters of the run."""
 
@@ -159,7 +166,8 @@ class ManualOptimizer:
         """
         from torchplug.loop import update  # the loop builds on this module
 
-        update(self._run, self._hooks, self._index, closure)
+        with outside_of_autocast(self._run):
+            update(self._run, self._hooks, self._index, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients."""

@@ -18,7 +18,7 @@ from typing import Any
 from torchplug.members import Member, PluginError
 from torchplug.options import check_fields, closest, fields_of
 
-__all__ = ["Found", "build", "discover", "order"]
+__all__ = ["Found", "build", "discover", "find", "installed", "order"]
 
 GROUP = "torchplug"
 BUNDLE = "standard"  # what Trainer() takes when no plugins are named
@@ -96,6 +96,11 @@ def installed(name: str) -> bool:
     return any(entry.name == name for entry in importlib.metadata.entry_points(group=GROUP))
 
 
+def find(name: str) -> Found:
+    """The installed plugin ``name``; raises `PluginError` with what to do if there is none."""
+    return _Catalogue().find(name)
+
+
 def build(named: Sequence[Any]) -> list[Member]:
     """Members from what a user wrote: names, mappings name -> options, and objects.
 
@@ -120,6 +125,7 @@ def build(named: Sequence[Any]) -> list[Member]:
     def add_named(name: str, options: Any) -> None:
         base, _, instance = name.partition(":")
         if not isinstance(options, Mapping):  # {"name": object}
+            _require_object(options)
             add(name, options, catalogue.origin(options))
             return
         found = catalogue.find(base)
@@ -147,12 +153,18 @@ def build(named: Sequence[Any]) -> list[Member]:
         else:
             if inspect.isclass(each):
                 raise PluginError(f"plugin {each.__name__}: got the class, have you forgotten the ()?")
+            _require_object(each)
             found = catalogue.origin(each)
             add(found.name if found else _snake(type(each).__name__), each, found)
 
     for each in named:
         add_any(each)
     return list(members.values())
+
+
+def _require_object(plugin: Any) -> None:
+    if type(plugin).__module__ == "builtins" and not inspect.isclass(plugin):  # a class has an error of its own
+        raise PluginError(f"plugins takes names, {{name: options}}, and objects with hooks, got {plugin!r}")
 
 
 def _mentioned(named: Sequence[Any], catalogue: _Catalogue) -> set[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchplug.blame import add_note
 from torchplug.checkpoint import versions
-from torchplug.data import LOADERS, DataModule, length, limited
+from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
 
@@ -146,9 +146,8 @@ def _loaders(run: Run, stage: str, sources: Sources) -> list[Any]:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"a loader must be an iterable of batches such as a DataLoader, got {type(loader).__name__} {loader!r}")
         if length(loader) == 0:
-            name = {"train": "training", "validate": "validation", "predict": "prediction"}.get(stage, stage)
             raise ValueError(
-                f"the {name} loader is empty: its length is 0; is its data set empty, or smaller than one batch with drop_last=True?"
+                f"the {IN_WORDS[stage]} loader is empty; is its data set empty, or smaller than one batch with drop_last=True?"
             )
     return loaders
 

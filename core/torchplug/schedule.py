@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchplug.blame import note_place
 from torchplug.options import duration
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ def evaluating(run: Run, stage: str) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    except BaseException as error:
+        note_place(error, run)
+        raise
     finally:
         run.position.stage = before
         for module, mode in modes:

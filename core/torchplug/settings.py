@@ -52,6 +52,7 @@ RENAMED = {
     "inference_mode": "evaluation runs under torch.no_grad()",
     "truncated_bptt_steps": "use automatic_optimization = False",
     "automatic_optimization": "set self.automatic_optimization = False in the module",
+    "barebones": "write plugins=[]",
     "benchmark_mode": "write benchmark",
 }  # fmt: skip
 
@@ -148,11 +149,11 @@ class Settings:
         for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"):
             value = getattr(self, name)
             if isinstance(value, float) and value > 1.0:
-                raise ValueError(f"{name} as a fraction must be at most 1.0, got {value!r}; write {int(value)} for a number of batches")
+                raise ValueError(f"{name} as a fraction must be at most 1.0, got {value!r}; a number of batches is written as an int")
         if isinstance(self.val_check_interval, float) and self.val_check_interval > 1.0:
             raise ValueError(
-                f"val_check_interval as a fraction must be at most 1.0, got {self.val_check_interval!r}; write "
-                f"{int(self.val_check_interval)} for a number of batches, check_val_every_n_epoch for several epochs"
+                f"val_check_interval as a fraction must be at most 1.0, got {self.val_check_interval!r}; a number of batches is "
+                "written as an int, several epochs as check_val_every_n_epoch"
             )
         if isinstance(self.seed, int) and self.seed >= 2**32:
             raise ValueError(f"seed must be below {2**32}, got {self.seed!r}")
@@ -162,8 +163,11 @@ class Settings:
                 duration(name, value)
         if isinstance(self.devices, list) and (not self.devices or any(type(d) is not int or d < 0 for d in self.devices)):
             raise ValueError(f"devices must list at least one device number from 0 on, got {self.devices!r}")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name must be usable as the name of one folder, got {self.name!r}")
+        for name in ("accelerator", "strategy"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must be 'auto' or the name of a plugin, got ''")
         if isinstance(self.strategy, dict) and len(self.strategy) != 1:
             raise ValueError(f"strategy must be a name or one {{name: options}}, got {self.strategy!r}")
         if self.min_epochs and self.max_epochs and self.min_epochs > self.max_epochs:

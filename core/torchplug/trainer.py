@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from torchplug import checkpoint, loop
-from torchplug.blame import caller
+from torchplug.blame import blame, caller
 from torchplug.dispatch import dispatch, register
 from torchplug.hookspecs import Hooks
 from torchplug.members import Member, PluginError
 from torchplug.metrics import Results
-from torchplug.module import Module
+from torchplug.module import Module, check_names
 from torchplug.operations import LossScaling, Operations
-from torchplug.plugins import BUNDLE, GPU, build, installed, order
+from torchplug.plugins import BUNDLE, GPU, build, find, installed, order
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
 from torchplug.run import Run
 from torchplug.seed import seed_everything
@@ -163,10 +163,12 @@ class Trainer(Settings):
             elif there:
                 logger.info("a GPU is there and not used: pip install torchplug-%s", GPU)
         elif self.accelerator != "cpu":
+            self._require("accelerator", self.accelerator)
             first.append(self.accelerator)
         elif there:
             logger.info("a GPU is there and not used: write accelerator='auto' to use it")
         if self.strategy != "auto":
+            self._require("strategy", next(iter(self.strategy)) if isinstance(self.strategy, dict) else self.strategy)
             first.append(self.strategy)
         elif (
             self.num_nodes > 1
@@ -176,8 +178,16 @@ class Trainer(Settings):
             raise ValueError(
                 f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
             )
-        mentioned = {next(iter(each)) if isinstance(each, dict) and each else each for each in named if isinstance(each, (str, dict))}
+        mentioned = {name for each in named for name in ([each] if isinstance(each, str) else each if isinstance(each, dict) else [])}
         return [each for each in first if not isinstance(each, str) or each not in mentioned] + list(named)
+
+    @staticmethod
+    def _require(argument: str, name: str) -> None:
+        """Refuses an accelerator or strategy that is no installed plugin, before a message that speaks of plugins alone."""
+        try:
+            find(name)
+        except PluginError as error:
+            raise PluginError(f"{argument}={name!r}: {error}") from None
 
     def _assemble(self, run: Run, operations: Operations) -> list[Member]:
         """Everybody who takes part in a run, in order: data module, module, plugins, core."""
@@ -222,6 +232,7 @@ class Trainer(Settings):
         path = self._checkpoint_for(work, module, ckpt_path)
         module = module if module is not None else self._module
         check_module(module, work)
+        check_names(datamodule)
         assert module is not None
         run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
         operations = Operations(run)
@@ -232,9 +243,7 @@ class Trainer(Settings):
         self._introduce(run, members)
         try:
             with _torch_flags(run.options), self._directory(run):
-                result: Any = run.hooks.launch(
-                    run, lambda: loop.conduct(run, run.hooks, members, lambda: self._inside(run, given, path, main))
-                )
+                result = self._launched(run, members, lambda: self._inside(run, given, path, main))
                 self._report(run, result)
         finally:
             module._run = None
@@ -242,6 +251,28 @@ class Trainer(Settings):
                 if member.failure:
                     logger.error("%s was switched off: %s", member.label, member.failure)
         return result
+
+    def _launched(self, run: Run, members: list[Member], work: Callable[[], Any]) -> Any:
+        """``work`` between launch and tear-down; where launching itself fails, everybody is torn down too."""
+        begun = False
+
+        def main() -> Any:
+            nonlocal begun
+            begun = True
+            return loop.conduct(run, run.hooks, members, work)
+
+        try:
+            return run.hooks.launch(run, main)
+        except BaseException as error:
+            blame(error, members, run.rank)
+            if begun:
+                raise
+            failure = error
+
+        def fail() -> None:
+            raise failure
+
+        return loop.conduct(run, run.hooks, members, fail)
 
     def _inside(self, run: Run, given: dict[str, Any], path: Path | None, main: Callable[[Run, Hooks], Any]) -> Any:
         """What happens in every process of a run between launch and tear-down."""
@@ -278,6 +309,8 @@ class Trainer(Settings):
         run.packages = {member.name: f"{member.distribution} {member.version}" for member in plugins if member.distribution}
         run.plugin_states = lambda: {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")}
         run._asking = lambda: caller(members)
+        for member in members:
+            member.position = run.position
         run.module._run = run
         self.run, self._module = run, run.module
 
