@@ -289,8 +289,9 @@ class Metrics:
         for loader, series in enumerate(self._pass.by_loader):
             values: dict[str, Tensor | float] = {}
             for each in series.values():
-                if each.on_step and each.source is None and each.last is not None:  # for monitors
-                    self._publish(each.named("_step", loader, self._pass.loaders), each.last, logger=False)
+                if each.on_step and each.last is not None:  # for monitors, once: it gets stale with the epoch
+                    self._publish(each.named("_step", loader, self._pass.loaders), each.last, each.prog_bar, logger=False)
+                    each.last = None
                 if not each.on_epoch:
                     continue
                 value = each.result()
@@ -317,9 +318,12 @@ class Metrics:
         for series in open_pass.by_loader[open_pass.loader].values():
             if not series.on_step or not series.unsent:
                 continue
+            name = series.named("_step", open_pass.loader, open_pass.loaders)
             value = series.source.compute() if series.source is not None else series.last
+            if value is None:  # the epoch is over, and published it
+                value = self._published[name].value
             series.unsent = False
-            self._publish(series.named("_step", open_pass.loader, open_pass.loaders), value, False, series.logger is not False)
+            self._publish(name, value, False, series.logger is not False)
         return self.record()
 
     def record(self) -> dict[str, float]:

@@ -344,6 +344,9 @@ class Trainer(Settings):
             path = Path(ckpt_path)
         else:
             path = fitted.best_path if fitted is not None and module is None and work != "fit" else None
+            if path is not None and not path.exists():
+                logger.warning("the best checkpoint %s is gone: %s with the present weights", path, work)
+                path = None
         if path is not None:
             if not path.exists():
                 raise FileNotFoundError(f"there is no checkpoint {path}")
