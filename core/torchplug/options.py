@@ -172,7 +172,7 @@ def fields_of(cls: type) -> list[Field]:
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def duration(name: str, value: str | timedelta | Mapping[str, Any]) -> float:
+def duration(name: str, value: Any) -> float:
     """A time in seconds, from ``"10s"``, ``"1h30m"``, ``"DD:HH:MM:SS"``, a timedelta or a dict of its arguments.
 
     Raises:
@@ -186,6 +186,8 @@ def duration(name: str, value: str | timedelta | Mapping[str, Any]) -> float:
             seconds = timedelta(**value).total_seconds()
         except TypeError:
             seconds = None
+    elif not isinstance(value, str):
+        pass
     elif re.fullmatch(r"\d+(:\d+){3}", value):
         days, hours, minutes, rest = (int(part) for part in value.split(":"))
         seconds = timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds()

@@ -145,6 +145,10 @@ class Run:
         limits = [limit for limit in (by_epochs, options.max_steps) if limit is not None]
         return min(limits) if limits else None
 
+    def name_of(self, plugin: Any) -> str:
+        """Under which name ``plugin`` is enabled: its instance's own, which keys its state and its line in the report."""
+        return next(name for name, other in self.plugins.items() if other is plugin)
+
     def request_stop(self, reason: str) -> None:
         """Asks training to end after the step that is running; ``min_epochs`` and ``min_steps`` are kept."""
         if self.stop_reason:

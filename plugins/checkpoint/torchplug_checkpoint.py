@@ -21,12 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchplug import Run, hookimpl
+from torchplug import Run, duration, hookimpl
 
 __all__ = ["Checkpoint"]
 
 SUFFIX = ".safetensors"
-SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         self._check()
-        self._seconds = None if self.every_time is None else _seconds(self.every_time)
+        self._seconds = None if self.every_time is None else duration("every_time", self.every_time)
         between = self.every_n_steps is not None or self._seconds is not None
         self._epochs = self.every_n_epochs or (None if between else 1)
         self._sign = 1 if self.monitor is not None and self.mode == "min" else -1
@@ -135,7 +134,7 @@ class Checkpoint:
         if stage != "fit":
             return
         self._forget()
-        self._name = next(name for name, plugin in run.plugins.items() if plugin is self)
+        self._name = run.name_of(self)
         self._folder = self._folder_of(run)
         judges = [each for each in run.plugins.values() if isinstance(each, Checkpoint) and each.monitor is not None and each.top_k]
         self._leads = judges[:1] == [self]  # with several monitors, the first one says what the run's best is
@@ -331,7 +330,7 @@ def _link(written: Path, newest: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------- names and times
+# ---------------------------------------------------------------------- names
 
 
 class _ByName(string.Formatter):
@@ -374,15 +373,3 @@ def _safe(name: str) -> str:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _seconds(value: Any) -> float:
-    """A time in seconds, from a text such as '1h30m' or a timedelta."""
-    seconds = 0.0
-    if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?(ms|[smhd]))+", value):
-        seconds = sum(float(number) * SECONDS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|[smhd])", value))
-    if seconds <= 0:
-        raise ValueError(f"every_time must be a time above 0 such as '30s', '10m' or '1h30m', or a timedelta, got {value!r}")
-    return seconds

@@ -93,14 +93,14 @@ class EarlyStopping:
         if self._seen < 0:
             there = ", ".join(sorted(run.metrics.results())) or "none"
             run.say_once(
-                f"plugin {self._name(run)!r}: training ended before any value of {self.monitor!r} was computed, so nothing was "
+                f"plugin {run.name_of(self)!r}: training ended before any value of {self.monitor!r} was computed, so nothing was "
                 f"watched (there are: {there})"
             )
 
     @hookimpl
     def on_fit_end(self, run: Run) -> None:
         if self._asked:
-            run.report[self._name(run)] = f"stopped at step {self.stopped_step}: {self.reason}"
+            run.report[run.name_of(self)] = f"stopped at step {self.stopped_step}: {self.reason}"
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -167,9 +167,6 @@ class EarlyStopping:
             return
         self._asked, self.reason, self.stopped_step = True, reason, run.position.step
         run.request_stop(reason)
-
-    def _name(self, run: Run) -> str:
-        return next((name for name, plugin in run.plugins.items() if plugin is self), "early_stopping")
 
 
 def _is_finite(value: Any) -> bool:
