@@ -6,7 +6,8 @@ import difflib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,10 @@ class Module(nn.Module):
         example_input_array: an input of ``forward`` (a tensor, tuple or dict), for summaries and exports.
     """
 
+    # no annotations here: TorchScript reads those of a class, and knows no Any; properties it has to be told to leave alone
     automatic_optimization = True
-    example_input_array: Any = None
+    example_input_array = None  # type: Any
+    __jit_unused_properties__ = ("run", "device", "current_epoch", "global_step", "hparams")
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,27 +308,32 @@ class Module(nn.Module):
             raise ValueError(f"{type(self).__name__} has no example input: give one, or set self.example_input_array")
         return example if isinstance(example, tuple) else (example,)
 
+    @contextmanager
+    def _exporting(self) -> Iterator[None]:
+        """In eval mode without gradients, each submodule afterwards in the mode it was in."""
+        modes, run = [(module, module.training) for module in self.modules()], self._run
+        self.eval()
+        if run is None:  # exporters look at every attribute, and `run` must not raise then
+            self.__dict__["_run"] = object()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._run = run
+            for module, training in modes:
+                module.training = training
+
     def to_onnx(self, path: str | Path, example: Any = None, **options: Any) -> None:
         """Exports ``forward`` with ``torch.onnx.export``; ``example`` defaults to ``example_input_array``."""
-        mode = self.training
-        self.eval()
-        try:
+        with self._exporting():
             torch.onnx.export(self, self._example(example), str(path), **options)
-        finally:
-            self.train(mode)
 
     def to_torchscript(self, path: str | Path | None = None, method: str = "script", example: Any = None) -> Any:
         """``forward`` as TorchScript, by ``method`` "script" or "trace"; saved to ``path`` if it is given."""
         if method not in ("script", "trace"):
             raise ValueError(f"method must be 'script' or 'trace', got {method!r}")
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                plain = torch.jit.script(self) if method == "script" else torch.jit.trace(self, self._example(example))  # type: ignore[no-untyped-call]
-        finally:
-            for module, training in modes:
-                module.training = training
+        with self._exporting():
+            plain: Any = torch.jit.script(self) if method == "script" else torch.jit.trace(self, self._example(example))  # type: ignore[no-untyped-call]
         if path is not None:
             torch.jit.save(plain, str(path))
         return plain

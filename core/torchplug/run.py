@@ -126,6 +126,14 @@ class Run:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.position)
 
+    def go_on_from(self, earlier: Run) -> None:
+        """Makes this run a part of an earlier one: a test after a fit is recorded in the same place at the fit's last step."""
+        self.id, self.dir = earlier.id, earlier.dir
+        self.best_path, self.last_path = earlier.best_path, earlier.last_path
+        self._started = earlier._started
+        for name in ("epoch", "batch", "step", "micro_step", "samples"):
+            setattr(self.position, name, getattr(earlier.position, name))
+
     @property
     def seconds(self) -> float:
         """Time since the run started."""

@@ -326,7 +326,7 @@ class Trainer(Settings):
                 shutil.rmtree(run.dir, ignore_errors=True)
             return
         if earlier is not None and run.work not in ("fit", "tune") and earlier.module is run.module:
-            run.id, run.dir, run.best_path, run.last_path = earlier.id, earlier.dir, earlier.best_path, earlier.last_path
+            run.go_on_from(earlier)
         else:
             run.id, run.dir = uuid.uuid4().hex[:8], make_directory(run.options.root_dir, run.options.name or type(run.module).__name__)
         if run.work == "fit":

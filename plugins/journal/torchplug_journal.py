@@ -1,0 +1,268 @@
+"""The journal of a run: every metric record and every event of its life, one JSON line each, in one file.
+
+Everything that happens to a run can be read from it afterwards, which is what other loggers and a replay follow.
+A line holds
+
+* ``n``: the number of the record, which is the number of its line, from 0;
+* ``event``: the name of the hook that it records, ``time``: when, in seconds since 1970;
+* ``stage``, ``epoch``, ``batch``, ``step``, ``samples``: where the run stood (for ``log_metrics`` what the record says);
+* the arguments of the hook under their names.
+
+Numbers that are not finite are written ``NaN``, ``Infinity`` and ``-Infinity``: Python's ``json`` reads them back, stricter
+readers may not. All lines are ASCII. Each one is handed to the system when it is written, so that a process that is killed
+loses nothing that was recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+import platform
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from torchplug import Run, __version__, hookimpl
+
+__all__ = ["Journal"]
+
+LARGEST = 1000  # elements of an array that are written out
+
+
+@dataclass(kw_only=True, eq=False)
+class Journal:
+    """Writes down metrics and events of a run as JSON lines in ``journal.jsonl``.
+
+    A run that goes on in the same folder (a test after a fit) goes on in the same file.
+
+    Args:
+        dir: Folder of journal.jsonl. None: the directory of the run.
+    """
+
+    dir: str | os.PathLike[str] | None = None
+
+    on_error = "disable"
+    before = ("*",)  # an event stands before what others do because of it, and the end of the run comes last
+
+    _file: BinaryIO | None = field(init=False, default=None, repr=False)
+    _next: int = field(init=False, default=0, repr=False)
+    _ended: Run | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dir is not None and not isinstance(self.dir, (str, os.PathLike)):
+            raise TypeError(f"dir must be a folder or None, got {self.dir!r}")
+
+    # ------------------------------------------------------------------ the file
+
+    def _record(self, run: Run, event: str, **values: Any) -> None:
+        """Writes one line; what is recorded before ``on_run_start`` opens the file, what comes after the end closes it again."""
+        if run.rank != 0:
+            return
+        file = self._file or self._open(run)
+        where = run.position
+        record = {
+            "n": self._next, "event": event, "time": time.time(), "stage": where.stage, "epoch": where.epoch, "batch": where.batch,
+            "step": where.step, "samples": where.samples, **values,
+        }  # fmt: skip
+        file.write(json.dumps(_plain(record)).encode() + b"\n")
+        file.flush()
+        self._next += 1
+        if self._ended is run:
+            self._close()
+
+    def _open(self, run: Run) -> BinaryIO:
+        folder = run.dir if self.dir is None or run.options.fast_dev_run else Path(self.dir)  # a trial run leaves nothing behind
+        folder.mkdir(parents=True, exist_ok=True)
+        file = self._file = open(folder / "journal.jsonl", "ab+")  # noqa: SIM115
+        self._next, end = _whole_lines(file)
+        file.truncate(end)
+        return file
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    # ------------------------------------------------------------------ a run from start to end
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        self._record(
+            run,
+            "on_run_start",
+            id=run.id,
+            work=run.work,
+            dir=run.dir,
+            module=type(run.module).__name__,
+            device=run.device,
+            world_size=run.world_size,
+            versions={"torchplug": __version__, "torch": torch.__version__, "python": platform.python_version(), **run.packages},
+            options={name: value for name, value in _options(run.options).items() if name != "plugins"},
+            plugins={name: _options(plugin) for name, plugin in run.plugins.items()},
+        )
+
+    @hookimpl
+    def log_hyperparameters(self, run: Run, hyperparameters: dict[str, Any]) -> None:
+        self._record(run, "log_hyperparameters", hyperparameters=hyperparameters)
+
+    @hookimpl
+    def on_checkpoint_loaded(self, run: Run, path: Path) -> None:
+        self._record(run, "on_checkpoint_loaded", path=path)
+
+    @hookimpl
+    def on_fit_start(self, run: Run) -> None:
+        self._record(run, "on_fit_start")
+
+    @hookimpl
+    def on_sanity_start(self, run: Run) -> None:
+        self._record(run, "on_sanity_start")
+
+    @hookimpl
+    def on_sanity_end(self, run: Run) -> None:
+        self._record(run, "on_sanity_end")
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        self._record(run, "on_train_start")
+
+    @hookimpl
+    def on_train_epoch_start(self, run: Run) -> None:
+        self._record(run, "on_train_epoch_start")
+
+    @hookimpl
+    def log_metrics(self, run: Run, metrics: dict[str, float], stage: str, step: int, epoch: int, samples: int, seconds: float) -> None:
+        self._record(run, "log_metrics", metrics=metrics, stage=stage, step=step, epoch=epoch, samples=samples, seconds=seconds)
+
+    @hookimpl
+    def on_validation_start(self, run: Run) -> None:
+        self._record(run, "on_validation_start")
+
+    @hookimpl
+    def on_validation_end(self, run: Run) -> None:
+        self._record(run, "on_validation_end")
+
+    @hookimpl
+    def on_train_epoch_end(self, run: Run) -> None:
+        self._record(run, "on_train_epoch_end")
+
+    @hookimpl
+    def on_train_end(self, run: Run) -> None:
+        self._record(run, "on_train_end")
+
+    @hookimpl
+    def on_fit_end(self, run: Run, exception: BaseException | None) -> None:
+        self._record(run, "on_fit_end", exception=_said(exception))
+
+    @hookimpl
+    def on_test_start(self, run: Run) -> None:
+        self._record(run, "on_test_start")
+
+    @hookimpl
+    def on_test_end(self, run: Run) -> None:
+        self._record(run, "on_test_end")
+
+    @hookimpl
+    def on_predict_start(self, run: Run) -> None:
+        self._record(run, "on_predict_start")
+
+    @hookimpl
+    def on_predict_end(self, run: Run) -> None:
+        self._record(run, "on_predict_end")
+
+    @hookimpl
+    def on_run_end(self, run: Run, status: str) -> None:
+        self._ended = run
+        try:
+            self._record(run, "on_run_end", status=status)
+        finally:
+            self._close()
+
+    # ------------------------------------------------------------------ at any time
+
+    @hookimpl
+    def on_step_skipped(self, run: Run, reason: str) -> None:
+        self._record(run, "on_step_skipped", reason=reason)
+
+    @hookimpl
+    def on_stop_requested(self, run: Run, reason: str, plugin: str) -> None:
+        self._record(run, "on_stop_requested", reason=reason, plugin=plugin)
+
+    @hookimpl
+    def on_checkpoint_saved(self, run: Run, path: Path, metrics: dict[str, float], reason: str) -> None:
+        self._record(run, "on_checkpoint_saved", path=path, metrics=metrics, reason=reason)
+
+    @hookimpl
+    def on_checkpoint_removed(self, run: Run, path: Path, reason: str) -> None:
+        self._record(run, "on_checkpoint_removed", path=path, reason=reason)
+
+    @hookimpl
+    def log_figure(self, run: Run, name: str, step: int) -> None:
+        self._record(run, "log_figure", name=name, step=step)
+
+    @hookimpl
+    def log_text(self, run: Run, name: str, text: str, step: int) -> None:
+        self._record(run, "log_text", name=name, text=text, step=step)
+
+    @hookimpl
+    def log_artifact(self, run: Run, path: Path, name: str) -> None:
+        self._record(run, "log_artifact", path=path, name=name)
+
+    @hookimpl
+    def on_out_of_memory(self, run: Run, exception: BaseException) -> None:
+        self._record(run, "on_out_of_memory", exception=_said(exception))
+
+    @hookimpl
+    def on_exception(self, run: Run, exception: BaseException) -> None:
+        lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
+        self._record(run, "on_exception", exception=_said(exception), traceback="".join(lines))
+
+
+def _said(exception: BaseException | None) -> str | None:
+    return None if exception is None else f"{type(exception).__name__}: {exception}"
+
+
+def _options(owner: Any) -> dict[str, Any]:
+    """The public fields of a dataclass; nothing for a plugin that is none."""
+    if not dataclasses.is_dataclass(owner):
+        return {}
+    return {each.name: getattr(owner, each.name) for each in dataclasses.fields(owner) if each.init and not each.name.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it and a person can read it: times as ``"90.0s"``, paths and whatever else as text."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds()}s"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(part) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(part) for name, part in _options(value).items()}
+    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", ())) <= LARGEST:  # tensors, numpy's arrays and numbers
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _whole_lines(file: BinaryIO) -> tuple[int, int]:
+    """How many whole lines a file has and where they end; behind them may lie what a killed process could not finish."""
+    count = end = read = 0
+    file.seek(0)
+    while block := file.read(1 << 20):
+        count += block.count(b"\n")
+        if b"\n" in block:
+            end = read + block.rindex(b"\n") + 1
+        read += len(block)
+    return count, end

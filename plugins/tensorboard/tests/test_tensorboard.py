@@ -1,0 +1,502 @@
+"""What the TensorBoard logger promises, read back with TensorBoard's own reader."""
+
+import io
+import json
+import math
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util import tensor_util
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+
+from torchplug import Module, Trainer, hookimpl
+from torchplug_tensorboard import Tensorboard
+
+BATCHES = 3
+ALL = dict.fromkeys(("scalars", "images", "tensors", "histograms"), 0)
+
+
+class Net(Module):
+    def __init__(self, lr=0.1, **more):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = self(batch[0]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self(batch[0]).square().mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr / 1000)
+
+
+class Recorder:
+    """What every logger is given: name -> (step, value)."""
+
+    def __init__(self):
+        self.values = {}
+
+    @hookimpl
+    def log_metrics(self, metrics, step):
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append((step, value))
+
+
+def loader():
+    return DataLoader(TensorDataset(torch.arange(2.0 * 2 * BATCHES).reshape(-1, 2)), batch_size=2)
+
+
+def trainer(tmp_path, *plugins, board=None, **options):
+    options = {"max_epochs": 1, "log_every_n_steps": 1, "root_dir": tmp_path, "accelerator": "cpu", **options}
+    return Trainer(plugins=[*plugins, {"tensorboard": board or {}}], **options)
+
+
+def read(folder):
+    return EventAccumulator(str(folder), size_guidance=ALL).Reload()
+
+
+def scalars(folder):
+    events = read(folder)
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def session(folder, part):
+    """What HPARAMS knows of a run: its ``session_start_info`` or ``session_end_info``."""
+    content = read(folder).summary_metadata[f"_hparams_/{part}"].plugin_data.content
+    return getattr(plugin_data_pb2.HParamsPluginData.FromString(content), part)
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def test_scalars_are_the_records_of_every_other_logger_at_their_steps(tmp_path):
+    recorder = Recorder()
+    t = trainer(tmp_path, recorder, max_epochs=2)
+    t.fit(Net(), loader(), loader())
+    expected = {name: [(step, np.float32(value)) for step, value in values] for name, values in recorder.values.items()}
+    assert scalars(t.run.dir / "tensorboard") == expected
+    assert [step for step, _ in expected["loss_step"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in expected["val/loss"]] == [step for step, _ in expected["loss_epoch"]] == [3, 6]
+
+
+def test_names_and_numbers_of_any_kind_are_passed_on_as_they_are(tmp_path):
+    odd = {"l(x)@1": math.nan, "größe mit leer": math.inf, "a/b.c": -math.inf}
+
+    class Odd(Net):
+        def on_train_epoch_end(self):
+            self.log_dict(odd)
+
+    t = trainer(tmp_path)
+    t.fit(Odd(), loader())
+    found = scalars(t.run.dir / "tensorboard")
+    assert math.isnan(found["l(x)@1"][0][1])
+    assert found["größe mit leer"] == [(BATCHES, math.inf)] and found["a/b.c"] == [(BATCHES, -math.inf)]
+
+
+class Reader:
+    """Looks at the files while the run goes on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def look(self, run):
+        self.seen.append({name: len(values) for name, values in scalars(run.dir / "tensorboard").items()})
+
+    @hookimpl
+    def on_train_batch_start(self, run, batch_idx):
+        if batch_idx == 0:
+            self.look(run)
+
+    @hookimpl
+    def on_validation_end(self, run):
+        self.look(run)
+
+
+def test_everything_is_in_the_file_after_each_validation_and_each_epoch(tmp_path, monkeypatch):
+    write = RecordWriter.write
+
+    def slowly(writer, data):
+        time.sleep(0.02)  # what is not waited for is not there yet
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", slowly)
+    reader = Reader()
+    trainer(tmp_path, reader, max_epochs=2, board={"flush_secs": 1000}).fit(Net(), loader(), loader())
+    assert reader.seen == [
+        {},
+        {"loss_step": 3, "val/loss": 1},
+        {"loss_step": 3, "val/loss": 1, "loss_epoch": 1},
+        {"loss_step": 6, "val/loss": 2, "loss_epoch": 1},
+    ]
+
+
+def test_a_test_after_a_fit_goes_on_in_the_same_folder(tmp_path):
+    t = trainer(tmp_path)
+    t.fit(Net(), loader())
+    fitted = scalars(t.run.dir / "tensorboard")
+    (result,) = t.test(dataloaders=loader())
+    both = scalars(t.run.dir / "tensorboard")
+    assert [value for _, value in both.pop("test_loss")] == [np.float32(result["test_loss"])]
+    assert both == fitted
+
+
+def test_a_new_fit_of_the_same_trainer_has_a_folder_of_its_own(tmp_path):
+    t = trainer(tmp_path)
+    for version in (0, 1):
+        t.fit(Net(), loader())
+        assert t.run.dir.name == f"version_{version}"
+        assert len(scalars(t.run.dir / "tensorboard")["loss_step"]) == BATCHES
+
+
+# ---------------------------------------------------------------------- hyperparameters
+
+
+def test_hyperparameters_are_one_row_without_made_up_metrics(tmp_path):
+    recorder = Recorder()
+    t = trainer(tmp_path, recorder)
+    t.fit(Net(lr=0.5, deep={"size": 3, "more": {"on": True}}, name="a b", nothing=None, most=math.inf, many=[1, 2]), loader())
+    folder = t.run.dir / "tensorboard"
+    row = session(folder, "session_start_info").hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in row.items()} == {
+        "lr": 0.5, "deep/size": 3, "deep/more/on": True, "name": "a b", "nothing": "None", "most": "inf", "many": "[1, 2]",
+    }  # fmt: skip
+    assert session(folder, "session_end_info").status == api_pb2.STATUS_SUCCESS
+    assert scalars(folder).keys() == recorder.values.keys()  # no hp_metric
+    assert [path.parent for path in t.run.dir.rglob("*tfevents*")] == [folder]  # no folder and file of its own
+
+
+@pytest.mark.parametrize("error", [ValueError("no luck"), KeyboardInterrupt()])
+def test_a_run_that_ends_early_has_its_row_and_its_metrics_too(tmp_path, error):
+    class Fails(Net):
+        def on_train_batch_start(self, batch_idx):
+            if batch_idx == 2:
+                raise error
+
+    t = trainer(tmp_path)
+    with pytest.raises(type(error)):
+        t.fit(Fails(), loader())
+    folder = t.run.dir / "tensorboard"
+    assert session(folder, "session_start_info").hparams["lr"].number_value == 0.1
+    assert session(folder, "session_end_info").status == api_pb2.STATUS_FAILURE
+    assert len(scalars(folder)["loss_step"]) == 2
+
+
+def test_without_hyperparameters_there_is_no_row(tmp_path):
+    class Bare(Net):
+        def __init__(self):
+            super().__init__()
+            self.hparams.clear()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    t = trainer(tmp_path)
+    t.fit(Bare(), loader())
+    assert not [name for name in read(t.run.dir / "tensorboard").summary_metadata if name.startswith("_hparams_")]
+
+
+# ---------------------------------------------------------------------- texts, figures, the graph
+
+
+def test_texts_are_written_with_their_step(tmp_path):
+    class Talks(Net):
+        def on_run_start(self):
+            self.run.log_text("early", "before any plugin was told of the start")
+
+        def on_train_epoch_end(self):
+            self.run.log_text("note", "**ünï**")
+
+    t = trainer(tmp_path)
+    t.fit(Talks(), loader())
+    events = read(t.run.dir / "tensorboard")
+    (note,) = events.Tensors("note/text_summary")
+    assert note.step == BATCHES and tensor_util.make_ndarray(note.tensor_proto).item().decode() == "**ünï**"
+    assert events.Tensors("early/text_summary")
+
+
+def test_figures_are_written_and_left_as_they_were(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = pyplot.figure(figsize=(2, 1), dpi=50, facecolor=(1, 0, 0))
+    canvas = figure.canvas
+
+    class Draws(Net):
+        def on_train_epoch_end(self):
+            self.run.log_figure("red", figure)
+
+    t = trainer(tmp_path)
+    t.fit(Draws(), loader())
+    (image,) = read(t.run.dir / "tensorboard").Images("red")
+    assert (image.step, image.width, image.height) == (BATCHES, 100, 50)
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string))).reshape(-1, 3)
+    assert np.unique(pixels, axis=0).tolist() == [[255, 0, 0]]
+    assert figure.canvas is canvas and pyplot.fignum_exists(figure.number)
+    pyplot.close(figure)
+
+
+class Deep(Net):
+    """With everything that drawing the graph could disturb."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dropout, self.frozen, self.norm = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(2)
+        self.example_input_array = torch.ones(2, 2)
+
+    def on_fit_start(self):
+        self.frozen.eval()
+
+    def forward(self, x):
+        if self.run.position.stage != "train":
+            self.log("stray", 1.0)
+        return {"out": self.layer(self.dropout(self.frozen(self.norm(x + torch.randn_like(x)))))}
+
+    def training_step(self, batch, batch_idx):
+        loss = self(batch[0])["out"].square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def on_train_start(self):
+        self.modes = {name: part.training for name, part in self.named_modules()}
+
+
+warns_of_tracing = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace.*` is deprecated:FutureWarning",
+    "ignore:.*trace:torch.jit.TracerWarning",
+)  # torch's own words on the way that it has for graphs
+
+
+@warns_of_tracing
+def test_drawing_the_graph_changes_nothing_else(tmp_path):
+    trained, modes, found = [], [], []
+    for log_graph in (False, True):
+        torch.manual_seed(1)
+        net, t = Deep(), trainer(tmp_path, board={"log_graph": log_graph}, max_epochs=2)
+        t.fit(net, loader())
+        trained.append({name: value.clone() for name, value in net.state_dict().items()})
+        modes.append(net.modes)
+        found.append(scalars(t.run.dir / "tensorboard"))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert modes[0] == modes[1] and modes[0]["frozen"] is False
+    assert found[0] == found[1]
+    operations = {node.op for node in read(t.run.dir / "tensorboard").Graph().node}
+    assert {"aten::linear", "aten::batch_norm"} <= operations
+
+
+def test_without_an_example_the_graph_is_left_out_and_that_is_said(tmp_path, caplog):
+    t = trainer(tmp_path, board={"log_graph": True})
+    t.fit(Net(), loader())
+    assert "set self.example_input_array in the module" in caplog.text
+    assert not read(t.run.dir / "tensorboard").Tags()["graph"]
+
+
+@warns_of_tracing
+def test_a_module_that_cannot_be_traced_is_trained_and_logged_all_the_same(tmp_path, caplog, capsys):
+    class Wrong(Net):
+        example_input_array = torch.ones(2, 3)
+
+    t = trainer(tmp_path, board={"log_graph": True})
+    t.fit(Wrong(), loader())
+    assert "tensorboard: the graph could not be traced and is left out: RuntimeError: " in caplog.text
+    assert "shapes cannot be multiplied (2x3 and 2x1)" in caplog.text
+    assert "no graph saved" not in capsys.readouterr().out.lower()
+    assert len(scalars(t.run.dir / "tensorboard")["loss_step"]) == BATCHES
+
+
+# ---------------------------------------------------------------------- the writer
+
+
+def test_experiment_is_tensorboards_own_writer_while_the_run_goes_on(tmp_path):
+    board = Tensorboard()
+
+    class Own(Net):
+        def on_train_epoch_end(self):
+            assert isinstance(board.experiment, SummaryWriter)
+            board.experiment.add_histogram("weights", self.layer.weight, self.global_step)
+
+    t = Trainer(max_epochs=1, root_dir=tmp_path, accelerator="cpu", plugins=[board])
+    with pytest.raises(RuntimeError, match="is there from on_run_start to on_run_end"):
+        board.experiment  # noqa: B018
+    t.fit(Own(), loader())
+    assert [event.step for event in read(t.run.dir / "tensorboard").Histograms("weights")] == [BATCHES]
+    with pytest.raises(RuntimeError, match="is there from on_run_start to on_run_end"):
+        board.experiment  # noqa: B018
+
+
+class LastWords:
+    @hookimpl
+    def on_run_end(self, run):
+        run.log_text("last", "words")
+
+
+def test_it_is_open_until_all_other_plugins_have_finished(tmp_path):
+    t = trainer(tmp_path, LastWords())
+    t.fit(Net(), loader())
+    assert read(t.run.dir / "tensorboard").Tensors("last/text_summary")
+
+
+def test_what_comes_after_the_end_opens_no_new_file(tmp_path):
+    class Late(Net):
+        def on_run_end(self):
+            self.run.log_text("late", "words")
+
+    t = trainer(tmp_path)
+    t.fit(Late(), loader())
+    assert len(list((t.run.dir / "tensorboard").iterdir())) == 1
+
+
+def test_closing_waits_no_longer_than_close_timeout(tmp_path, monkeypatch, caplog):
+    hangs = threading.Event()
+    close = SummaryWriter.close
+
+    def slow(writer):
+        hangs.wait(60)
+        close(writer)
+
+    monkeypatch.setattr(SummaryWriter, "close", slow)
+    t = trainer(tmp_path, board={"close_timeout": 0.05})
+    t.fit(Net(), loader())
+    assert "were not complete after 0.05 s; their end may be missing" in caplog.text
+    hangs.set()
+    for thread in threading.enumerate():
+        if thread.name == "torchplug-tensorboard-close":
+            thread.join(10)
+
+
+def test_an_error_while_closing_is_reported(tmp_path, monkeypatch, caplog):
+    close = SummaryWriter.close
+
+    def broken(writer):
+        close(writer)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(SummaryWriter, "close", broken)
+    trainer(tmp_path).fit(Net(), loader())
+    assert "failed in on_run_end and is switched off" in caplog.text and "disk full" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_switches_it_off_and_training_goes_on(tmp_path, caplog):
+    (tmp_path / "taken").write_text("a file")
+    t = trainer(tmp_path, board={"dir": tmp_path / "taken"})
+    t.fit(Net(), loader())
+    assert t.run.position.step == BATCHES
+    assert "plugin 'tensorboard' (torchplug-tensorboard 0.1.0) failed in on_run_start and is switched off" in caplog.text
+
+
+def test_only_the_first_process_writes(tmp_path):
+    class Second(Net):
+        def setup(self, stage):
+            self.run.rank = 1
+
+        def on_train_epoch_end(self):
+            self.run.log_text("note", "words")
+
+    t = trainer(tmp_path)
+    t.fit(Second(), loader())
+    assert not (t.run.dir / "tensorboard").exists() and "tensorboard" not in t.run.report
+
+
+def test_a_trial_run_leaves_nothing_behind(tmp_path):
+    t = trainer(tmp_path, board={"dir": tmp_path / "logs"}, fast_dev_run=True)
+    t.fit(Net(), loader())
+    assert list(tmp_path.iterdir()) == [] and "tensorboard" not in t.run.report
+
+
+def test_tensorboard_is_imported_only_when_a_run_starts():
+    code = "import sys, torchplug; torchplug.Trainer(max_epochs=1, plugins=['tensorboard']); sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"close_timeout": 0}, "close_timeout must be above 0, got 0"),
+        ({"flush_secs": -1}, "flush_secs must be above 0, got -1"),
+        ({"flush_secs": "often"}, "flush_secs must be a number of seconds, got 'often'"),
+        ({"dir": 5}, "dir must be a folder or None, got 5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, text):
+    with pytest.raises((TypeError, ValueError), match=text):
+        Tensorboard(**options)
+
+
+# ---------------------------------------------------------------------- the command that opens it
+
+
+def test_the_end_of_the_run_gives_the_command_that_opens_it(tmp_path):
+    t = trainer(tmp_path / "with space")
+    t.fit(Net(), loader())
+    assert t.run.report["tensorboard"] == f"tensorboard --logdir '{t.run.dir}'"
+    t = trainer(tmp_path, board={"dir": tmp_path / "board"})
+    t.fit(Net(), loader())
+    assert t.run.report["tensorboard"] == f"tensorboard --logdir {tmp_path / 'board'}"
+    assert scalars(tmp_path / "board")["loss_step"]
+
+
+def test_a_server_started_with_that_command_shows_one_row_with_the_last_metrics(tmp_path):
+    recorder = Recorder()
+    t = trainer(tmp_path, recorder, max_epochs=2)
+    t.fit(Net(lr=0.25, most=math.inf), loader(), loader())
+    t.test(dataloaders=loader())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = shlex.split(t.run.report["tensorboard"])
+    command[0] = str(Path(sys.executable).with_name(command[0]))
+    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(page, **question):
+        data = json.dumps(question).encode() if question else None
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/data/{page}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return json.load(answer)
+
+    def rows():
+        statuses = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
+        return ask("plugin/hparams/session_groups", allowedStatuses=statuses, colParams=[], startIndex=0, sliceSize=9)["sessionGroups"]
+
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                found = rows()
+                if found and len(found[0]["metricValues"]) == len(recorder.values):
+                    break
+            except OSError:
+                assert server.poll() is None
+            assert time.monotonic() < deadline, "the server did not show the run"
+            time.sleep(0.2)
+        (row,) = found
+        assert row["hparams"] == {"lr": 0.25, "most": "inf"}
+        last = {name: np.float32(values[-1][1]) for name, values in recorder.values.items()}
+        assert {metric["name"]["tag"]: np.float32(metric["value"]) for metric in row["metricValues"]} == last
+        assert [one["status"] for one in row["sessions"]] == ["STATUS_SUCCESS"]
+        (run,) = ask("runs")
+        curve = ask(f"plugin/scalars/scalars?tag=loss_step&run={run}")
+        assert [(step, np.float32(value)) for _, step, value in curve] == [(s, np.float32(v)) for s, v in recorder.values["loss_step"]]
+    finally:
+        server.terminate()
+        server.wait()
