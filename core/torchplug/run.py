@@ -80,6 +80,7 @@ class Run:
         closures: whether each optimizer evaluates the loss itself.
         counted: the micro step whose update was counted last.
         stop_reason: why training was asked to stop, empty if it was not.
+        stopped_by: which plugin asked, empty if none did.
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
         report: lines that are shown when the run is over, by who wrote them.
@@ -112,6 +113,7 @@ class Run:
     epoch_schedulers: list[Scheduler] = field(default_factory=list)
     counted: int = -1
     stop_reason: str = ""
+    stopped_by: str = ""
     best_path: Path | None = None
     last_path: Path | None = None
     report: dict[str, str] = field(default_factory=dict)
@@ -161,8 +163,8 @@ class Run:
         """Asks training to end after the step that is running; ``min_epochs`` and ``min_steps`` are kept."""
         if self.stop_reason:
             return
-        self.stop_reason = reason
-        self.hooks.on_stop_requested(self, reason, self._asking())
+        self.stop_reason, self.stopped_by = reason, self._asking()
+        self.hooks.on_stop_requested(self, reason, self.stopped_by)
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         """Records a metric; the arguments are those of ``Module.log``."""

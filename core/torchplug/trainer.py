@@ -61,6 +61,7 @@ class Trainer(Settings):
         self.run: Run | None = None
         self.metrics = Results()
         self._module: Module | None = None
+        self._fitted: Run | None = None
         self._members = build(self._named())
         order(self._members)  # a cycle is an error now, not when training starts
 
@@ -244,7 +245,7 @@ class Trainer(Settings):
         try:
             with _torch_flags(run.options), self._directory(run):
                 result = self._launched(run, members, lambda: self._inside(run, given, path, main))
-                self._report(run, result)
+                self._report(run)
         finally:
             module._run = None
             for member in members:
@@ -317,7 +318,7 @@ class Trainer(Settings):
     @contextmanager
     def _directory(self, run: Run) -> Iterator[None]:
         """The folder of the run; evaluation after a fit goes on in the fit's, a trial run has one that vanishes."""
-        earlier = getattr(self, "_fitted", None)
+        earlier = self._fitted
         if run.options.fast_dev_run:
             run.id, run.dir = uuid.uuid4().hex[:8], Path(tempfile.mkdtemp(prefix="torchplug-"))
             try:
@@ -335,7 +336,7 @@ class Trainer(Settings):
 
     def _checkpoint_for(self, work: str, module: Module | None, ckpt_path: str | Path | None) -> Path | None:
         """The file whose weights an evaluation uses; it is said which."""
-        fitted: Run | None = getattr(self, "_fitted", None)
+        fitted = self._fitted
         if ckpt_path in ("best", "last"):
             path = getattr(fitted, f"{ckpt_path}_path", None)
             if path is None:
@@ -353,24 +354,20 @@ class Trainer(Settings):
             logger.info("%s with the weights of %s", work, path)
         return path
 
-    def _report(self, run: Run, result: Any) -> None:
+    def _report(self, run: Run) -> None:
         """What a user wants to know when a run is over."""
         self.metrics = run.metrics.results()
         if run.work in ("fit", "tune"):
             position, seconds = run.position, run.seconds
-            stopped = f", stopped: {run.stop_reason}" if run.stop_reason else ""
             logger.info(
-                "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)%s",
-                seconds, position.epoch, position.step, position.step / seconds, position.samples / seconds, stopped,
+                "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)",
+                seconds, position.epoch, position.step, position.step / seconds, position.samples / seconds,
             )  # fmt: skip
-            names = ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step"
-            logger.info("metrics recorded: %s", names)
-        elif run.work != "predict":
-            for dataloader_idx, values in enumerate(result):
-                which = f" {dataloader_idx}" if len(result) > 1 else ""
-                logger.info(
-                    "%s%s: %s", run.work, which, ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "nothing logged"
-                )
+            if run.stop_reason:
+                logger.info("stopped%s: %s", f" by {run.stopped_by}" if run.stopped_by else "", run.stop_reason)
+            logger.info("metrics recorded: %s", ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step")
+        elif run is not self._fitted and self._fitted is not None and run.dir == self._fitted.dir:
+            return  # where everything is was said when the fit was over
         if not run.options.fast_dev_run:
             logger.info("run directory: %s", run.dir)
         for name, line in run.report.items():

@@ -97,11 +97,6 @@ class EarlyStopping:
                 f"watched (there are: {there})"
             )
 
-    @hookimpl
-    def on_fit_end(self, run: Run) -> None:
-        if self._asked:
-            run.report[run.name_of(self)] = f"stopped at step {self.stopped_step}: {self.reason}"
-
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {

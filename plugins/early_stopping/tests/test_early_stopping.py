@@ -117,11 +117,11 @@ def test_the_run_and_other_plugins_are_told(tmp_path):
     assert trainer.run.position.epoch == 2
 
 
-def test_a_run_that_was_not_stopped_has_no_reason_and_no_line_in_the_report(tmp_path):
+def test_a_run_that_was_not_stopped_has_no_reason(tmp_path):
     plugin = EarlyStopping(monitor="val_loss")
     trainer = fit(tmp_path, Scripted([3.0, 2.0, 1.0]), plugin)
     assert (plugin.reason, plugin.stopped_step, plugin.wait, plugin.best_score) == ("", 0, 0, 1.0)
-    assert "early_stopping" not in trainer.run.report
+    assert trainer.run.stopped_by == ""
 
 
 def test_validations_in_mid_epoch_are_counted_once_each(tmp_path):
@@ -276,7 +276,7 @@ def test_two_instances_watch_apart(tmp_path):
     trainer = Trainer(max_epochs=5, root_dir=tmp_path, plugins=plugins)
     trainer.fit(Scripted([1.0, 2.0, 3.0]), BATCHES, [BATCHES])
     assert trainer.enabled["early_stopping:slow"].reason == ""
-    assert list(trainer.run.report) == ["early_stopping:quick"]
+    assert trainer.run.stopped_by == "early_stopping:quick"
 
 
 def test_state_goes_round_and_is_plain(tmp_path):

@@ -199,13 +199,16 @@ def test_a_validation_within_an_epoch_has_a_line_and_one_at_its_end_stands_in_th
     ]
 
 
-def test_the_line_of_an_evaluation_has_the_values_of_the_whole_pass_and_not_of_its_steps(plain):
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_the_line_of_an_evaluation_has_the_values_of_the_whole_pass_and_not_of_its_steps(plain, stage):
     class Both(Net):
-        def test_step(self, batch, batch_idx):
-            self.log("test", float(batch_idx), on_step=True, on_epoch=True)
+        def validation_step(self, batch, batch_idx):
+            self.log("value", float(batch_idx), on_step=True, on_epoch=True)
 
-    plain.trainer(Progress(), log_every_n_steps=1).test(Both(), some(3))
-    assert plain.lines == ["test: 3 batches, test_epoch 1.000"]
+        test_step = validation_step
+
+    getattr(plain.trainer(Progress(), log_every_n_steps=1), stage)(Both(), some(3))
+    assert plain.lines == [f"{stage}: 3 batches, value_epoch 1.000"]
 
 
 def test_values_of_an_earlier_epoch_are_not_shown_as_values_of_this_one(plain):
@@ -285,6 +288,15 @@ def test_long_epochs_have_a_line_at_most_every_plain_every_seconds(plain, monkey
         "epoch 2/2: 60/100 batches, shown 59.00, 1 steps/s, 0:00:40 left",
         "epoch 2/2: 90/100 batches, shown 89.00, 1 steps/s, 0:00:10 left",
         "epoch 2/2: step 200, shown 99.00, mean 49.50, 0:01:40, 1 steps/s",
+    ]
+
+
+def test_lines_that_are_further_apart_than_the_window_of_the_rate_have_a_rate(plain, monkeypatch):
+    clock = Clock(monkeypatch)
+    plain.trainer(Progress(plain_every=45)).fit(Net(clock.tick(1.0)), [BATCHES[0]] * 100)
+    assert [line.split("shown")[1] for line in plain.text.splitlines()[:2]] == [
+        " 44.00, 1 steps/s, 0:00:55 left",
+        " 89.00, 1 steps/s, 0:00:10 left",
     ]
 
 
