@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pluggy
 
-from torchplug.blame import also
+from torchplug.blame import also, blame
 from torchplug.hookspecs import Hooks
 from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member, PluginError
 
@@ -38,7 +38,7 @@ def register(members: Iterable[Member]) -> Manager:
     manager = Manager()
     for member in reversed(list(members)):  # pluggy calls the last registered first
         try:
-            manager.register(member, member.name)
+            manager.register(member, f"{member.kind} {member.name}")  # a plugin may be called like the module's class
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{member.label}: {error}") from None
     return manager
@@ -100,14 +100,15 @@ def _through_pluggy(name: str, parameters: tuple[str, ...], caller: Any) -> Call
 
 def _reaching_all(parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
     """Calls every implementation, the last plugin first; the first error is raised when all were called."""
-    calls = [(each.function, [parameters.index(name) for name in each.argnames]) for each in reversed(implementations)]
+    calls = [(each.plugin, each.function, [parameters.index(name) for name in each.argnames]) for each in reversed(implementations)]
 
     def closing(*args: Any) -> None:
         first: BaseException | None = None
-        for function, positions in calls:
+        for member, function, positions in calls:
             try:
                 function(*(args[position] for position in positions))
             except BaseException as error:
+                blame(error, [cast("Member", member)], getattr(args[0], "rank", 0))
                 if first is None:
                     first = error
                 else:

@@ -149,6 +149,8 @@ def build(named: Sequence[Any]) -> list[Member]:
             if len(each) != 1:
                 raise PluginError(f"plugins takes names, {{name: options}} with one name each, and objects, got {dict(each)!r}")
             name, options = next(iter(each.items()))
+            if not isinstance(name, str):
+                raise PluginError(f"plugins takes {{name: options}}, got {name!r} as a name")
             add_named(name, {} if options is None else options)
         else:
             if inspect.isclass(each):
@@ -172,7 +174,7 @@ def _mentioned(named: Sequence[Any], catalogue: _Catalogue) -> set[str]:
     names: set[str] = set()
     for each in named:
         if isinstance(each, (str, Mapping)):
-            names.update(str(key).partition(":")[0] for key in ([each] if isinstance(each, str) else each))
+            names.update(str(key).rpartition("/")[2].partition(":")[0] for key in ([each] if isinstance(each, str) else each))
         elif found := catalogue.origin(each):
             names.add(found.name)
     return names
@@ -254,7 +256,10 @@ def _reaches(start: str, end: str, earlier: Mapping[str, Mapping[str, str]]) -> 
 
 def _wishes(member: Member, which: str) -> tuple[str, ...]:
     wishes = getattr(member.plugin, which, ())
-    return (wishes,) if isinstance(wishes, str) else tuple(wishes)
+    wishes = (wishes,) if isinstance(wishes, str) else wishes
+    if not isinstance(wishes, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in wishes):
+        raise PluginError(f"{member.label}: {which} must be a name or several, got {wishes!r}")
+    return tuple(wishes)
 
 
 def _shown(member: Member, which: str) -> str:
