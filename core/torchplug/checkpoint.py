@@ -82,8 +82,13 @@ def plain(value: Any, path: str) -> Any:
     """Hyperparameters as values that a checkpoint and a logger can hold; what has no plain form is refused by its path."""
     if isinstance(value, enum.Enum):
         return plain(value.value, path)
-    if isinstance(value, (*PLAIN, Tensor)):
+    if type(value) in PLAIN or isinstance(value, Tensor):
         return value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):  # before float and str, which some of them are too
+        return value.tolist()
+    for base in (int, float, str):
+        if isinstance(value, base):
+            return base(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
@@ -97,9 +102,8 @@ def plain(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(part, f"{path}.{key}") for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([plain(part, f"{path}[{i}]") for i, part in enumerate(value)]) if type(value) in (list, tuple) else list(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
+        parts = [plain(part, f"{path}[{i}]") for i, part in enumerate(value)]
+        return tuple(parts) if type(value) is tuple else parts
     raise CheckpointError(
         f"{path} cannot be saved: a {type(value).__module__}.{type(value).__qualname__} has no plain form; leave it out with "
         "save_hyperparameters(ignore=[...]), or save what it is made from"
@@ -137,6 +141,8 @@ class _Encoder:
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and key in self._known:
             return self._known[key]
+        while path in self.tensors or path == "__metadata__":  # two places may read the same, and one name is the format's own
+            path += "'"
         self._known[key] = path
         self.tensors[path] = tensor.cpu().contiguous()
         return path
@@ -228,12 +234,14 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
         raise CheckpointError(f"{path} is not a checkpoint of torchplug, or is cut off: {error}") from error
     if "torchplug" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of torchplug")
-    found = int(metadata.get("torchplug_format", "0"))
+    try:
+        found, body = int(metadata["torchplug_format"]), metadata["torchplug"]
+        sums = dict(json.loads(metadata["torchplug_crc32"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({error!r})") from error
     if found > FORMAT:
         raise CheckpointError(f"{path} has format {found}, this torchplug reads up to {FORMAT}; install a newer torchplug")
-    sums = json.loads(metadata["torchplug_crc32"])
-    body = metadata["torchplug"]
-    problems = [] if sums["json"] == zlib.crc32(body.encode()) else [f"{path}: the JSON part is damaged"]
+    problems = [] if sums.get("json") == zlib.crc32(body.encode()) else [f"{path}: the JSON part is damaged"]
     for name, tensor in tensors.items():
         if sums.get(f"t:{name}") != _crc(tensor.contiguous()):
             problems.append(f"{path}: entry {name} is damaged")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -114,15 +115,20 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> 
     if isinstance(batch, Tensor):
         kind = dtype if batch.is_floating_point() else None
         return batch.to(device, kind, non_blocking=True)
+    if hasattr(batch, "to"):  # before the containers, which a packed sequence or an encoding is too
+        return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(part, device, dtype) for part in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)([move(part, device, dtype) for part in batch])
-    if isinstance(batch, dict):
-        moved = {key: move(part, device, dtype) for key, part in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)
-    if hasattr(batch, "to"):
-        return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)
+        for key, part in batch.items():
+            moved[key] = move(part, device, dtype)
+        return moved
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(batch, **{key: move(part, device, dtype) for key, part in vars(batch).items()})
+        clone = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(clone, field.name, move(getattr(batch, field.name), device, dtype))  # frozen ones too
+        return clone
     return batch

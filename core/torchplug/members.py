@@ -134,6 +134,11 @@ class Member:
             raise PluginError(f"{where}: hooks are called, not awaited; write it without async")
         for parameter in list(inspect.signature(function).parameters.values())[1:]:
             if parameter.name not in PARAMETERS[hook]:
+                if self.kind != "plugin":
+                    raise PluginError(
+                        f"{where} has the name of a hook, which takes {', '.join(PARAMETERS[hook])} and not {parameter.name!r}"
+                        f"{closest(parameter.name, PARAMETERS[hook])}; rename it if it is a method of your own"
+                    )
                 possible = ", ".join(PARAMETERS[hook])
                 raise PluginError(
                     f"{where}: the hook has no argument {parameter.name!r}{closest(parameter.name, PARAMETERS[hook])} (it has: {possible})"

@@ -388,10 +388,13 @@ class Metrics:
 
     def progress(self) -> dict[str, float]:
         """What was logged with ``prog_bar=True``, read from the device now: call it as seldom as a person looks."""
-        values: dict[str, Any] = {name: entry.value for name, entry in self._published.items() if entry.prog_bar}
+        values: dict[str, Any] = {}
         for series in self._pass.by_loader[self._pass.loader].values():
-            if series.prog_bar and series.source is None and series.last is not None:
+            if series.prog_bar and series.on_step and series.source is None and series.last is not None:
                 values[series.named("_step", self._pass.loader, self._pass.loaders)] = series.last
+        for name, entry in self._published.items():
+            if entry.prog_bar:
+                values.setdefault(name, entry.value)
         return dict(zip(values, read(list(values.values())), strict=True))
 
 

@@ -302,11 +302,14 @@ class Module(nn.Module):
         self.requires_grad_(True)
         self.train()
 
-    def _example(self, example: Any) -> tuple[Any, ...]:
+    def _example(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``forward`` in an example input, by place and by name."""
         example = self.example_input_array if example is None else example
         if example is None:
             raise ValueError(f"{type(self).__name__} has no example input: give one, or set self.example_input_array")
-        return example if isinstance(example, tuple) else (example,)
+        if isinstance(example, dict):
+            return (), example
+        return (example if isinstance(example, tuple) else (example,)), {}
 
     @contextmanager
     def _exporting(self) -> Iterator[None]:
@@ -326,14 +329,20 @@ class Module(nn.Module):
     def to_onnx(self, path: str | Path, example: Any = None, **options: Any) -> None:
         """Exports ``forward`` with ``torch.onnx.export``; ``example`` defaults to ``example_input_array``."""
         with self._exporting():
-            torch.onnx.export(self, self._example(example), str(path), **options)
+            places, names = self._example(example)
+            by_name = {"kwargs": names} if names else {}
+            torch.onnx.export(self, places, str(path), **by_name, **options)
 
     def to_torchscript(self, path: str | Path | None = None, method: str = "script", example: Any = None) -> Any:
         """``forward`` as TorchScript, by ``method`` "script" or "trace"; saved to ``path`` if it is given."""
         if method not in ("script", "trace"):
             raise ValueError(f"method must be 'script' or 'trace', got {method!r}")
         with self._exporting():
-            plain: Any = torch.jit.script(self) if method == "script" else torch.jit.trace(self, self._example(example))  # type: ignore[no-untyped-call]
+            if method == "script":
+                plain: Any = torch.jit.script(self)
+            else:
+                places, names = self._example(example)
+                plain = torch.jit.trace(self, places or None, example_kwarg_inputs=names or None)  # type: ignore[no-untyped-call]
         if path is not None:
             torch.jit.save(plain, str(path))
         return plain

@@ -233,6 +233,8 @@ class Trainer(Settings):
         path = self._checkpoint_for(work, module, ckpt_path)
         module = module if module is not None else self._module
         check_module(module, work)
+        if datamodule is not None and not is_datamodule(datamodule):
+            raise TypeError(f"datamodule must be a torchplug.DataModule, got {datamodule!r}")
         check_names(datamodule)
         assert module is not None
         run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
@@ -283,9 +285,10 @@ class Trainer(Settings):
         prepare(run, hooks, Sources(given, run.datamodule))
         write_config(run)
         hooks.on_run_start(run)
-        hyperparameters = {**getattr(run.datamodule, "hparams", {}), **(run.module.hparams if run.module._hparams_logged else {})}
-        if hyperparameters:
-            hooks.log_hyperparameters(run, checkpoint.plain(hyperparameters, "hyperparameters"))
+        hyperparameters = checkpoint.plain(run.module.hparams, "hyperparameters")  # what cannot be saved is said now, not at the first save
+        logged = {**getattr(run.datamodule, "hparams", {}), **(hyperparameters if run.module._hparams_logged else {})}
+        if logged:
+            hooks.log_hyperparameters(run, checkpoint.plain(logged, "hyperparameters"))
         if path is not None:
             run.module.load_state_dict(checkpoint.module_state(hooks.load_checkpoint(run, path)))
             hooks.on_checkpoint_loaded(run, path)

@@ -191,7 +191,7 @@ class Checkpoint:
     @hookimpl
     def on_fit_end(self, run: Run) -> None:
         if self._saves and not run.options.fast_dev_run:  # whose folder is about to vanish
-            best = f"best {self.best_path} ({self.monitor}={self.best_score:.6g}), " if self.best_path is not None else ""
+            best = f"best {self.best_path} ({self.monitor}={self.best_score:.6g})\n    " if self.best_path is not None else ""
             run.report[self._name] = f"{best}last {self.last_path}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -145,8 +145,7 @@ class EarlyStopping:
             self._stop(
                 run,
                 f"{self.monitor} did not improve for {self.wait} value{'s' * (self.wait > 1)} in a row: {now}, best {self._best()} "
-                f"(patience={self.patience}, counted in values: one for each validation or epoch that computes it; "
-                f"mode={self.mode}, min_delta={self.min_delta:g})",
+                f"(patience={self.patience} values)",
             )
 
     def _better(self, value: float, other: float, by: float = 0.0) -> bool:

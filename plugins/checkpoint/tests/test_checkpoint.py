@@ -470,7 +470,7 @@ def test_the_end_of_the_run_says_where_the_best_and_the_last_are(tmp_path, caplo
     plugin = Checkpoint(monitor="val_loss")
     with caplog.at_level(logging.INFO, "torchplug"):
         fit(tmp_path, Scripted([0.25, 0.5]), plugin)
-    assert f"checkpoint: best {plugin.best_path} (val_loss=0.25), last {plugin.last_path}" in caplog.messages
+    assert f"checkpoint: best {plugin.best_path} (val_loss=0.25)\n    last {plugin.last_path}" in caplog.messages
 
 
 # ---------------------------------------------------------------------- names
