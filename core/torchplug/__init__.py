@@ -6,8 +6,8 @@ from torchplug.members import PluginError
 from torchplug.module import Module
 from torchplug.options import duration
 from torchplug.run import Run
-from torchplug.seed import seed_everything
+from torchplug.seed import preserved, seed_everything
 from torchplug.trainer import Trainer
 
-__all__ = ["DataModule", "Module", "PluginError", "Run", "Trainer", "duration", "hookimpl", "seed_everything"]
+__all__ = ["DataModule", "Module", "PluginError", "Run", "Trainer", "duration", "hookimpl", "preserved", "seed_everything"]
 __version__ = "0.1.0"

@@ -330,7 +330,7 @@ class Module(nn.Module):
         """Exports ``forward`` with ``torch.onnx.export``; ``example`` defaults to ``example_input_array``."""
         with self._exporting():
             places, names = self._example(example)
-            by_name = {"kwargs": names} if names else {}
+            by_name: dict[str, Any] = {"kwargs": names} if names else {}
             torch.onnx.export(self, places, str(path), **by_name, **options)
 
     def to_torchscript(self, path: str | Path | None = None, method: str = "script", example: Any = None) -> Any:

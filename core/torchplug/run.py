@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchplug.data import length
 from torchplug.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -140,6 +141,16 @@ class Run:
     def seconds(self) -> float:
         """Time since the run started."""
         return time.perf_counter() - self._started
+
+    def count_batches(self, stage: str) -> int | None:
+        """The batches of all loaders of ``stage`` that are used, None if one of them does not tell."""
+        total = 0
+        for loader, limit in zip(self.loaders[stage], self.limits[stage], strict=True):
+            count = length(loader)
+            if count is None:  # a limit alone says only how many there are at most
+                return None
+            total += count if limit is None else min(count, limit)
+        return total
 
     @property
     def is_last_batch(self) -> bool:

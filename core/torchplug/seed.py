@@ -38,6 +38,8 @@ def generator_state() -> dict[str, Any]:
         state["numpy"] = (kind, keys.tolist(), *rest)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -46,6 +48,8 @@ def restore_generators(state: dict[str, Any]) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     torch.set_rng_state(state["torch"])
+    if "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
     if "cuda" in state:

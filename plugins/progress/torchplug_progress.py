@@ -21,7 +21,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
-from torch.utils.data import IterableDataset
 
 from torchplug import Run, hookimpl
 
@@ -390,7 +389,7 @@ class Progress:
 
     def _begin(self, run: Run, stage: str) -> None:
         self._evaluated = {}
-        self._inner = _Bar(stage, "batches", _total(run, stage))
+        self._inner = _Bar(stage, "batches", run.count_batches(stage))
         self._open(run, self._inner)
 
     def _end(self, run: Run) -> None:
@@ -459,21 +458,6 @@ class Progress:
 def _epoch(run: Run) -> str:
     total = run.options.max_epochs
     return f"epoch {run.position.epoch + 1}" + (f"/{total}" if total is not None else "")
-
-
-def _total(run: Run, stage: str) -> int | None:
-    """The batches of all loaders of an evaluation, None if one of them does not tell."""
-    total = 0
-    for loader, limit in zip(run.loaders[stage], run.limits[stage], strict=True):
-        try:
-            length = None if isinstance(getattr(loader, "dataset", None), IterableDataset) else len(loader)
-        except TypeError:
-            length = None
-        known = [number for number in (length, limit) if number is not None]
-        if length is None:  # a limit alone says only how many there are at most
-            return None
-        total += min(known)
-    return total
 
 
 # ---------------------------------------------------------------------- text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchplug import Run, hookimpl
+from torchplug import Run, hookimpl, preserved
 
 __all__ = ["Summary"]
 
@@ -128,7 +128,7 @@ def _layers(module: nn.Module, depth: int) -> list[_Layer]:
 
 def _forward(run: Run, module: Any, layers: Mapping[str, _Layer]) -> None:
     """One forward pass of the example input that notes shapes and leaves everything as it was."""
-    example = _move(module.example_input_array, run.device, _floating(run))
+    example = run.hooks.move_batch(run, copy.deepcopy(module.example_input_array))  # forward may write into it
     with ExitStack() as stack:
         for name, child in module.named_modules(remove_duplicate=False):
             if name in layers:
@@ -176,39 +176,13 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 def _generators_unchanged(module: nn.Module) -> Iterator[None]:
     """Whatever is drawn inside, the global generators and the module's own are afterwards as they were before."""
     own = {id(value): value for child in module.modules() for value in vars(child).values() if isinstance(value, torch.Generator)}
-    states = [(generator.set_state, generator.get_state()) for generator in own.values()]
-    states += [(random.setstate, random.getstate()), (torch.set_rng_state, torch.get_rng_state())]
-    if "numpy" in sys.modules:
-        numpy = sys.modules["numpy"].random
-        states.append((numpy.set_state, numpy.get_state()))
-    if torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    if any(parameter.device.type == "mps" for parameter in module.parameters()):
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    states = [(generator, generator.get_state()) for generator in own.values()]
     try:
-        yield
+        with preserved():
+            yield
     finally:
-        for put_back, state in states:
-            put_back(state)
-
-
-def _floating(run: Run) -> torch.dtype | None:
-    """What floating-point inputs are converted to: the parameters' type where the precision says so."""
-    if not run.options.precision.endswith("-true"):
-        return None
-    return next((parameter.dtype for parameter in run.module.parameters() if parameter.is_floating_point()), None)
-
-
-def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """An example input on the device, floating-point tensors as ``dtype`` if it is given."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, copy=True)  # forward may write into it
-    if isinstance(value, (list, tuple)):
-        parts = [_move(part, device, dtype) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, Mapping):
-        return {key: _move(part, device, dtype) for key, part in value.items()}
-    return value.to(device) if hasattr(value, "to") else value
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _shape(value: Any) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
-import random
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchplug import Run, hookimpl
+from torchplug import Run, hookimpl, preserved
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -178,7 +177,7 @@ class Tensorboard:
         modes = [(part, part.training) for part in module.modules()]
         try:
             # what torch prints when it fails is said below
-            with _undrawn(run.device), run.metrics.unseen(), torch.no_grad(), redirect_stdout(io.StringIO()):
+            with preserved(), run.metrics.unseen(), torch.no_grad(), redirect_stdout(io.StringIO()):
                 example = run.hooks.move_batch(run, module.example_input_array)
                 writer.add_graph(module, example, use_strict_trace=False)  # not strict: forward may return a dict
         except Exception as error:
@@ -187,20 +186,6 @@ class Tensorboard:
         finally:
             for part, training in modes:
                 part.training = training
-
-
-@contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the global random generators are afterwards as they were before."""
-    import numpy  # TensorBoard brings it
-
-    plain, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(plain)
-        numpy.random.set_state(arrays)
 
 
 def _within(seconds: float, work: Callable[[], None]) -> bool:

@@ -93,10 +93,7 @@ def test_an_improvement_must_be_more_than_min_delta(tmp_path):
 def test_the_reason_names_monitor_value_best_step_patience_and_unit(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "torchplug"):
         _, plugin = stopped_after(tmp_path, [0.5, 0.25, 0.75, 0.8, 0.1], patience=2)
-    assert plugin.reason == (
-        "val_loss did not improve for 2 values in a row: 0.8 at step 8, best 0.25 at step 4 "
-        "(patience=2 values)"
-    )
+    assert plugin.reason == ("val_loss did not improve for 2 values in a row: 0.8 at step 8, best 0.25 at step 4 (patience=2 values)")
     assert plugin.stopped_step == 8
     assert f"stopped by early_stopping: {plugin.reason}" in caplog.messages
 
