@@ -136,8 +136,8 @@ class Member:
             if parameter.name not in PARAMETERS[hook]:
                 if self.kind != "plugin":
                     raise PluginError(
-                        f"{where} has the name of a hook, which takes {', '.join(PARAMETERS[hook])} and not {parameter.name!r}"
-                        f"{closest(parameter.name, PARAMETERS[hook])}; rename it if it is a method of your own"
+                        f"{where} has the name of a hook, whose arguments are {', '.join(PARAMETERS[hook])}; it takes {parameter.name!r}"
+                        f"{closest(parameter.name, PARAMETERS[hook])} (rename it if it is a method of your own)"
                     )
                 possible = ", ".join(PARAMETERS[hook])
                 raise PluginError(

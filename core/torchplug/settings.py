@@ -88,7 +88,8 @@ class Settings:
         gradient_clip_algorithm: What gradient_clip_val limits: the norm of all gradients together, or each value.
         precision: Number format: '32', 'bf16-mixed' and '16-mixed' (autocast; the second with a loss scaler), 'bf16-true'
             (parameters too). 16 means '16-mixed'.
-        deterministic: Use deterministic algorithms only; 'warn' warns where there is none.
+        deterministic: Use deterministic algorithms only; 'warn' warns where there is none. Equal runs need seed too, and on
+            CUDA the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8; workers of a loader get their seeds from it.
         benchmark: Let cuDNN try algorithms and keep the fastest. None leaves torch's own setting.
         detect_anomaly: Find the operation that made a gradient NaN. Slow.
         nonfinite_loss: What happens when the loss stays NaN or infinite: 'error' ends the run, 'warn' says so, 'ignore'.
