@@ -230,7 +230,7 @@ class Options:
         (datetime.date(2026, 1, 2), "2026-01-02"), (datetime.datetime(2026, 1, 2, 3), "2026-01-02T03:00:00"),
         ([Path("a"), (Colour.RED,)], ["a", ("red",)]), (Point(Colour.RED, 1), ["red", 1]),
         ({"a": {"b": numpy.float64(1)}}, {"a": {"b": 1.0}}),
-        (type("Version", (str,), {})("1.2"), "1.2"), (enum.IntEnum("Level", "LOW").LOW, 1),  # type: ignore[attr-defined]
+        (type("Version", (str,), {})("1.2"), "1.2"), (enum.IntEnum("Level", "LOW").LOW, 1),
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip

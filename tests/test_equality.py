@@ -138,6 +138,7 @@ RECIPES = {
     "scheduler per step": Recipe(interval="step"),
     "scheduler per epoch": Recipe(interval="epoch"),
     "accumulation with a short last window": Recipe(accumulate=3),
+    "accumulation longer than an epoch": Recipe(accumulate=20),
     "clipping by norm": Recipe(clip=0.05),
     "clipping by value": Recipe(clip=0.01, algorithm="value"),
     "two workers": Recipe(workers=2),
@@ -398,12 +399,12 @@ class Misjudged(list[Any]):
     """A loader whose length is wrong."""
 
     def __len__(self) -> int:
-        return self.claims  # type: ignore[attr-defined,no-any-return]
+        return self.claims
 
 
 def misjudged(claims: int) -> Misjudged:
     loader = Misjudged(DataLoader(data(), batch_size=4))
-    loader.claims = claims  # type: ignore[attr-defined]
+    loader.claims = claims
     return loader
 
 
@@ -469,11 +470,11 @@ def test_batches_come_in_the_order_that_the_loader_draws(trainer: Any) -> None:
     class Order(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.order = nn.Linear(6, 1), []  # type: ignore[var-annotated]
+            self.layer, self.order = nn.Linear(6, 1), []
 
         def training_step(self, batch: Tensor) -> Tensor:
             self.order += batch[:, 0].tolist()
-            return self.layer(batch).mean() * 1e-9  # type: ignore[no-any-return]
+            return self.layer(batch).mean() * 1e-9
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=1e-9)

@@ -205,8 +205,10 @@ def test_a_loss_that_stays_non_finite_is_an_error_with_value_and_step(value: flo
     with pytest.raises(
         FloatingPointError, match=rf"the loss is {value} \(seen first at step \d+, now at step \d+\): lower the learning rate"
     ) as caught:
-        trainer(plugins=[status], log_every_n_steps=every, max_epochs=3).fit(module)
+        made = trainer(plugins=[status], log_every_n_steps=every, max_epochs=3)
+        made.fit(module)
     assert status.value == "failed"
+    assert made.run.position.step <= 70  # soon after it was seen, not at the end
     assert "nonfinite_loss='warn'" in str(caught.value)
     assert "detect_anomaly=True" in str(caught.value)
 
@@ -547,7 +549,7 @@ def test_a_misspelt_method_is_named_with_the_closest_and_others_are_left_alone(
         "training_step": training_step,
         "configure_optimizers": lambda self: torch.optim.SGD(self.parameters(), lr=0.01),
     }
-    methods.pop(meant, None)  # type: ignore[arg-type]
+    methods.pop(meant, None)
     module = type("Slip", (Module,), {**methods, name: lambda self: None})()
     if meant is None:
         trainer().fit(module, loader(2))

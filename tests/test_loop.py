@@ -31,6 +31,7 @@ class Trace:
         self.ended: list[int] = []
         self.records: list[tuple[str, int, dict[str, float]]] = []
         self.status = ""
+        self.num_batches: Any = None
 
     @hookimpl
     def on_train_epoch_start(self) -> None:
@@ -50,8 +51,9 @@ class Trace:
         self.val_batches.append((dataloader_idx, batch_idx))
 
     @hookimpl
-    def on_train_epoch_end(self) -> None:
+    def on_train_epoch_end(self, run: Any) -> None:
         self.ended.append(self.batches)
+        self.num_batches = run.num_batches
 
     @hookimpl
     def log_metrics(self, metrics: dict[str, float], stage: str, step: int) -> None:
@@ -148,9 +150,10 @@ def test_limits_of_evaluations_are_counts_or_fractions(
     assert [call["batch_idx"] for _, call in recorder.calls] == list(range(batches))
 
 
-def test_limit_val_batches_0_switches_validation_and_sanity_check_off(tiny: Any, trainer: Any, make_recorder: Any) -> None:
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_limit_val_batches_0_switches_validation_and_sanity_check_off(limit: Any, tiny: Any, trainer: Any, make_recorder: Any) -> None:
     recorder = make_recorder("on_sanity_start", "on_validation_start", "validation_step")
-    trainer(plugins=[recorder], limit_val_batches=0, num_sanity_val_steps=2).fit(tiny())
+    trainer(plugins=[recorder], limit_val_batches=limit, num_sanity_val_steps=2).fit(tiny())
     assert recorder.calls == []
 
 
@@ -228,6 +231,12 @@ def test_an_iterable_dataset_is_trained_on_to_its_end_whatever_it_claims(claims:
     assert trace.validated == trace.ended == [4, 8]
 
 
+def test_a_stream_without_end_is_trained_on_for_max_steps_and_validated_by_batches(tiny: Any, traced: Any) -> None:
+    stream = DataLoader(Stream(10**9, None), batch_size=2)
+    trace = traced(tiny(), stream, max_steps=7, val_check_interval=3, check_val_every_n_epoch=None)
+    assert (trace.batches, trace.validated, trace.ended) == (7, [3, 6], [])
+
+
 @pytest.mark.parametrize("claims", [2, 4, 9])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loader_with_a_wrong_length_is_trained_on_to_its_end_and_it_is_said_once(
@@ -236,6 +245,7 @@ def test_a_loader_with_a_wrong_length_is_trained_on_to_its_end_and_it_is_said_on
     trace = traced(tiny(), Misjudged(loader(5), claims), max_epochs=3, accumulate_grad_batches=accumulate)
     assert trace.epochs == [[0, 1, 2, 3, 4]] * 3
     assert trace.validated == trace.ended == [5, 10, 15]
+    assert trace.num_batches is None
     said = [line for line in caplog.messages if "its length is ignored" in line]
     assert len(said) == 1
     assert f"the training loader's length is {claims}" in said[0]
@@ -584,11 +594,13 @@ def test_the_sanity_check_leaves_no_metric_and_hands_nothing_to_loggers(tiny: An
     class Logging(tiny.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.accuracy = Accuracy()
+            self.accuracy, self.on_steps = Accuracy(), Accuracy()
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.accuracy.update(1.0)
+            self.on_steps.update(1.0)
             self.log("accuracy", self.accuracy)
+            self.log("on_steps", self.on_steps, on_step=True, on_epoch=False)
             self.log("val_loss", 1.0, on_step=True, on_epoch=True)
 
         def on_validation_epoch_end(self) -> None:
@@ -603,7 +615,7 @@ def test_the_sanity_check_leaves_no_metric_and_hands_nothing_to_loggers(tiny: An
 
         @hookimpl
         def on_train_start(self, run: Any) -> None:
-            self.values = list(run.module.accuracy.values)
+            self.values = run.module.accuracy.values + run.module.on_steps.values
 
     looking, trace = Looking(), Trace()
     made = trainer(num_sanity_val_steps=2, plugins=[looking, trace], log_every_n_steps=1)
@@ -777,7 +789,7 @@ def players(tiny: Any) -> Any:
 
 
 def test_two_optimizers_count_one_step_for_each_batch_and_steps_of_their_own(players: Any, trainer: Any) -> None:
-    class Automatic(players):  # type: ignore[misc]
+    class Automatic(players):
         def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Tensor:
             return self.loss_for(batch, optimizer_idx)
 
@@ -787,7 +799,7 @@ def test_two_optimizers_count_one_step_for_each_batch_and_steps_of_their_own(pla
 
 
 def test_an_optimizer_whose_step_is_skipped_is_not_counted(players: Any, trainer: Any, make_recorder: Any) -> None:
-    class EverySecond(players):  # type: ignore[misc]
+    class EverySecond(players):
         def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Tensor | None:
             return None if optimizer_idx == 1 and batch_idx % 2 else self.loss_for(batch, optimizer_idx)
 
@@ -798,7 +810,7 @@ def test_an_optimizer_whose_step_is_skipped_is_not_counted(players: Any, trainer
 
 
 def test_in_manual_optimization_a_batch_counts_once_and_every_optimizer_its_own_steps(players: Any, trainer: Any) -> None:
-    class OneToTwo(players):  # type: ignore[misc]
+    class OneToTwo(players):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -813,8 +825,24 @@ def test_in_manual_optimization_a_batch_counts_once_and_every_optimizer_its_own_
     assert (made.run.position.step, made.run.optimizer_steps) == (10, [10, 20])
 
 
+def test_manual_optimization_can_be_chosen_when_the_module_is_made(players: Any, trainer: Any) -> None:
+    class Chosen(players):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss_for(batch, 0))
+            self.optimizers()[0].step()
+            self.optimizers()[0].zero_grad()
+
+    made = trainer()
+    made.fit(Chosen())
+    assert made.run.optimizer_steps == [4, 0]
+
+
 def test_in_manual_optimization_a_batch_without_a_step_counts_none(players: Any, trainer: Any) -> None:
-    class EveryThird(players):  # type: ignore[misc]
+    class EveryThird(players):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -829,7 +857,7 @@ def test_in_manual_optimization_a_batch_without_a_step_counts_none(players: Any,
 
 
 def test_in_manual_optimization_schedulers_step_when_the_module_steps_them(players: Any, trainer: Any) -> None:
-    class Manual(players):  # type: ignore[misc]
+    class Manual(players):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -850,7 +878,7 @@ def test_in_manual_optimization_schedulers_step_when_the_module_steps_them(playe
 
 
 def test_in_manual_optimization_gradients_stay_until_the_module_clears_them(players: Any, trainer: Any) -> None:
-    class Keeping(players):  # type: ignore[misc]
+    class Keeping(players):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -865,7 +893,7 @@ def test_in_manual_optimization_gradients_stay_until_the_module_clears_them(play
 
 
 def test_manual_steps_are_announced_like_any_other(players: Any, trainer: Any, make_recorder: Any) -> None:
-    class Manual(players):  # type: ignore[misc]
+    class Manual(players):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -894,7 +922,7 @@ class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         super().__init__(optimizer, patience=0, factor=0.5)
         self.given: list[float] = []
 
-    def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
+    def step(self, metrics: Any, epoch: Any = None) -> None:
         self.given.append(float(metrics))
         super().step(metrics)
 

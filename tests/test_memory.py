@@ -169,7 +169,7 @@ def test_nothing_of_a_training_step_is_alive_when_the_next_batch_is_fetched(
 
 
 def test_nothing_of_a_skipped_step_is_alive(watch: Watch, watched: Any, trainer: Any) -> None:
-    class Skipping(watched):  # type: ignore[misc]
+    class Skipping(watched):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             outputs = super().training_step(batch, batch_idx)
             return outputs if batch_idx % 2 else None
@@ -179,7 +179,7 @@ def test_nothing_of_a_skipped_step_is_alive(watch: Watch, watched: Any, trainer:
 
 
 def test_nothing_of_a_step_with_two_optimizers_is_alive(watch: Watch, watched: Any, trainer: Any) -> None:
-    class Two(watched):  # type: ignore[misc]
+    class Two(watched):
         def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
             return self.loss(batch)
 
@@ -191,7 +191,7 @@ def test_nothing_of_a_step_with_two_optimizers_is_alive(watch: Watch, watched: A
 
 
 def test_nothing_of_a_manual_step_is_alive(watch: Watch, watched: Any, trainer: Any) -> None:
-    class Manual(watched):  # type: ignore[misc]
+    class Manual(watched):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -207,7 +207,7 @@ def test_nothing_of_a_manual_step_is_alive(watch: Watch, watched: Any, trainer: 
 
 
 def test_nothing_of_a_step_that_evaluates_the_loss_again_is_alive(watch: Watch, watched: Any, trainer: Any) -> None:
-    class Closed(watched):  # type: ignore[misc]
+    class Closed(watched):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.loss(batch)
 
@@ -233,7 +233,7 @@ def test_streamed_predictions_are_not_kept(watch: Watch, watched: Any, trainer: 
 
 
 def test_predictions_that_are_returned_keep_no_batch(watch: Watch, watched: Any, trainer: Any) -> None:
-    class Plain(watched):  # type: ignore[misc]
+    class Plain(watched):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0])
 
@@ -242,7 +242,7 @@ def test_predictions_that_are_returned_keep_no_batch(watch: Watch, watched: Any,
 
 
 def test_gradients_are_gone_while_the_next_forward_runs(watched: Any, watch: Watch, trainer: Any) -> None:
-    class Looking(watched):  # type: ignore[misc]
+    class Looking(watched):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             assert all(p.grad is None for p in self.parameters())
             return super().training_step(batch, batch_idx)
@@ -254,7 +254,7 @@ def test_gradients_are_gone_while_the_next_forward_runs(watched: Any, watch: Wat
 def test_a_module_is_not_held_by_its_trainer_more_than_by_a_plain_attribute(fails: bool, watched: Any, watch: Watch, trainer: Any) -> None:
     """When trainer and module go, everything goes; nothing global keeps them."""
 
-    class Sometimes(watched):  # type: ignore[misc]
+    class Sometimes(watched):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if fails:
                 raise RuntimeError("boom")

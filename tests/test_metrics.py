@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def logging_in(tiny: Any, trainer: Any) -> Callable[..., Any]:
 
         def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
             step(self, batch_idx)
-            return self.loss(batch)  # type: ignore[no-any-return]
+            return self.loss(batch)
 
         def validation_step(self: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             check(self, batch_idx, dataloader_idx)
@@ -86,7 +87,7 @@ def logging_in(tiny: Any, trainer: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("batches", [1, 3, 127, 128, 129, 300])
 def test_an_epoch_mean_is_the_sequential_sum_in_float64_bit_for_bit(batches: int, logging_in: Any) -> None:
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(batches, generator=generator) * 10.0 ** torch.randint(-3, 4, (batches,), generator=generator)
+    values = torch.randn(batches, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-8, 9, (batches,), generator=generator)
     sizes = torch.randint(1, 40, (batches,), generator=generator).tolist()
     made, _ = logging_in(
         training_step=lambda self, i: self.log("x", values[i], on_step=False, on_epoch=True, batch_size=sizes[i]),
@@ -97,6 +98,28 @@ def test_an_epoch_mean_is_the_sequential_sum_in_float64_bit_for_bit(batches: int
         total += value * size
         weight += size
     assert made.metrics["x"] == total / weight
+
+
+def test_the_order_of_the_sum_makes_a_difference() -> None:
+    """Otherwise the test above would prove nothing."""
+    values = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert float(values.sum()) != sum(values.tolist())
+
+
+def test_an_epoch_mean_of_losses_is_that_of_a_plain_loop_bit_for_bit(tiny: Any, trainer: Any, loader: Any) -> None:
+    class Logging(tiny.Module):
+        total, samples = 0.0, 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.log("loss", loss, on_step=True, on_epoch=True)
+            self.total += float(loss.detach()) * len(batch[0])
+            self.samples += len(batch[0])
+            return loss
+
+    module, made = Logging(val=0), trainer()
+    made.fit(module, torch.utils.data.DataLoader(loader(150, 3).dataset, batch_size=4))
+    assert made.metrics["loss"] == module.total / module.samples
 
 
 def test_an_epoch_mean_is_weighted_by_the_sizes_of_the_batches(tiny: Any, trainer: Any, loader: Any) -> None:
@@ -182,7 +205,21 @@ def test_values_of_low_precision_are_added_up_in_high_precision(logging_in: Any)
     assert made.metrics["x"] == pytest.approx(float(torch.tensor(0.1, dtype=torch.bfloat16)), rel=1e-12)
 
 
-@pytest.mark.parametrize("value", [2, 2.0, True, torch.tensor(2), torch.tensor([[2.0]]), torch.tensor(2, dtype=torch.uint8)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [
+        2,
+        2.0,
+        True,
+        torch.tensor(2),
+        torch.tensor([[2.0]]),
+        torch.tensor(2, dtype=torch.uint8),
+        numpy.float64(2),
+        numpy.float32(2),
+        numpy.int64(2),
+    ],
+    ids=repr,
+)
 def test_numbers_and_tensors_of_one_element_are_taken(value: Any, logging_in: Any) -> None:
     made, records = logging_in(training_step=lambda self, i: self.log("x", value, on_epoch=True), log_every_n_steps=1)
     assert made.metrics["x"] == float(value)
@@ -648,7 +685,7 @@ class ReadBacks(TorchDispatchMode):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.module, self.at = module, []  # type: ignore[var-annotated]
+        self.module, self.at = module, []
 
     def note(self) -> None:
         if self.module._run is not None:

@@ -30,10 +30,10 @@ class Net(Module):
         self.example_input_array = torch.ones(2, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.layer(x))  # type: ignore[no-any-return]
+        return self.bn(self.layer(x))
 
     def training_step(self, batch: Any) -> Tensor:
-        return self(batch[0]).square().mean()  # type: ignore[no-any-return]
+        return self(batch[0]).square().mean()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)

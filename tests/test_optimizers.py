@@ -254,7 +254,7 @@ def test_an_optimizer_of_ones_own_that_needs_a_closure_gets_one(tiny: Any, train
     class TwoLooks(SGD):
         """Evaluates the loss twice."""
 
-        def step(self, closure: Any) -> Any:  # type: ignore[override]
+        def step(self, closure: Any) -> Any:
             self.seen = [float(closure().detach()), float(closure().detach())]
             return super().step()
 

@@ -65,7 +65,7 @@ def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:
 def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
     """A function that calls the implementations one after the other with just the arguments that they name."""
     if not implementations:
-        return _nobody  # one function for all: it stays in the processor's caches
+        return _nobody_of_two if len(parameters) == 2 else _nobody
     if len(implementations) == 1 and implementations[0].argnames == parameters:
         return implementations[0].function
     lines = [f"def {name}({', '.join(parameters)}):", "    pass"]
@@ -81,7 +81,11 @@ def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.
     return function
 
 
-def _nobody(a: Any = None, b: Any = None, c: Any = None, d: Any = None, e: Any = None, f: Any = None, g: Any = None, h: Any = None) -> None:
+def _nobody_of_two(first: Any, second: Any) -> None:
+    """What most hooks of a step are when nobody implements them: one function for all stays in the processor's caches."""
+
+
+def _nobody(*_: Any) -> None:
     """What a hook is that nobody implements."""
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchplug.optimizers import Scheduler
     from torchplug.run import Run
 
-__all__ = ["conduct", "evaluate", "fit", "predict", "train_batch", "train_with", "update"]
+__all__ = ["conduct", "evaluate", "fit", "predict", "train_batch", "update"]
 
 
 def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[], Any]) -> Any:
@@ -104,7 +104,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     """One epoch: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
     every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
-    max_steps, timed, within_epoch = limits.max_steps, limits.timed, validation.within_epoch
+    max_steps, timed, within_epoch, due = limits.max_steps, limits.timed, validation.within_epoch, watch.due
     position.batch, run.exhausted, first_step = 0, False, position.step
     hooks.on_train_epoch_start(run)
     metrics.batches()
@@ -116,8 +116,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         size = metrics.size = batch_size(batch)
         hooks.on_train_batch_start(run, batch, batch_idx)
         outputs = hooks.train_batch(run, batch, batch_idx)
-        if position.micro_step >= watch.due:
-            watch.look(outputs)
+        if position.micro_step >= due:
+            due = watch.look(outputs)
         position.batch += 1
         position.micro_step += 1
         position.samples += size
@@ -149,19 +149,11 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     position.epoch += 1
 
 
-def train_batch(run: Run, hooks: Hooks, batch: Any, batch_idx: int) -> Any:
+def train_batch(run: Run, batch: Any, batch_idx: int) -> Any:
     """Core's answer to the operation of this name: forward, backward and, at the end of a window, the update."""
-    if not run.module.automatic_optimization:
-        return hooks.train_step(run, batch, batch_idx, 0)
-    outputs = []
-    for index, optimizer in enumerate(run.optimizers):
-        with only(optimizer, run.optimizers):
-            outputs.append(train_with(run, hooks, batch, batch_idx, index))
-    return outputs
-
-
-def train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -> Any:
-    """`train_batch` for one optimizer, which is the whole of it where there is one."""
+    hooks, index = run.hooks, run.turn
+    if index < 0:
+        return _train_in_turn(run, hooks, batch, batch_idx)
     outputs = hooks.train_step(run, batch, batch_idx, index)
     loss = outputs if isinstance(outputs, Tensor) else loss_of(run, outputs)
     if loss is not None:
@@ -174,7 +166,7 @@ def train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -
         hooks.on_after_backward(run)
         if run.window == 1:
             again = _reevaluation(run, hooks, batch, batch_idx, index, loss) if run.closures[index] else None
-            _end_window(run, hooks, index, again)
+            update(run, hooks, index, again)
             return outputs
         run.contributions[index] += 1
     else:
@@ -182,6 +174,21 @@ def train_with(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int) -
         hooks.on_step_skipped(run, "training_step returned None")
     if run.window_ends and run.contributions[index]:
         _end_long_window(run, hooks, index)
+    return outputs
+
+
+def _train_in_turn(run: Run, hooks: Hooks, batch: Any, batch_idx: int) -> Any:
+    """A batch in manual optimization, or for several optimizers, one after the other."""
+    if not run.automatic:
+        return hooks.train_step(run, batch, batch_idx, 0)
+    outputs = []
+    try:
+        for index, optimizer in enumerate(run.optimizers):
+            run.turn = index
+            with only(optimizer, run.optimizers):
+                outputs.append(train_batch(run, batch, batch_idx))
+    finally:
+        run.turn = -1
     return outputs
 
 
@@ -194,35 +201,30 @@ def _end_long_window(run: Run, hooks: Hooks, index: int) -> None:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(run.window / contributions)
-    _end_window(run, hooks, index, None)
+    update(run, hooks, index, None)
 
 
-def _end_window(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
-    """The update at the end of an accumulation window, and what follows it."""
-    updated = update(run, hooks, index, closure)
-    optimizer = run.optimizers[index]
-    hooks.on_before_zero_grad(run, optimizer)
-    hooks.zero_grad(run, optimizer)
+def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
+    """One optimizer step with the hooks around it. In automatic optimization gradients are cleared and schedulers step."""
+    optimizer, position = run.optimizers[index], run.position
+    hooks.on_before_optimizer_step(run, optimizer)
+    hooks.clip_gradients(run, optimizer)
+    updated = hooks.optimizer_step(run, optimizer, closure) is not False
     if updated:
+        run.optimizer_steps[index] += 1
+        if run.counted != position.micro_step:  # a batch with several optimizers is one step
+            run.counted = position.micro_step
+            position.step += 1
+        hooks.on_after_optimizer_step(run, optimizer)
+    else:
+        hooks.on_step_skipped(run, "the gradients were not finite; the loss scale was lowered")
+    if run.automatic:
+        hooks.on_before_zero_grad(run, optimizer)
+        hooks.zero_grad(run, optimizer)
+    if updated and run.step_schedulers:
         for scheduler in run.step_schedulers:
             if scheduler.optimizer is optimizer and run.optimizer_steps[index] % scheduler.frequency == 0:
                 _step_scheduler(run, hooks, scheduler)
-
-
-def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> bool:
-    """One optimizer step with the hooks around it; False when it was skipped."""
-    optimizer = run.optimizers[index]
-    hooks.on_before_optimizer_step(run, optimizer)
-    hooks.clip_gradients(run, optimizer)
-    if hooks.optimizer_step(run, optimizer, closure) is False:
-        hooks.on_step_skipped(run, "the gradients were not finite; the loss scale was lowered")
-        return False
-    run.optimizer_steps[index] += 1
-    if run.counted != run.position.micro_step:  # a batch with several optimizers is one step
-        run.counted = run.position.micro_step
-        run.position.step += 1
-    hooks.on_after_optimizer_step(run, optimizer)
-    return True
 
 
 def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int, loss: Tensor) -> Callable[[], Tensor]:

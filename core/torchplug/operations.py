@@ -46,9 +46,9 @@ class Operations:
         self.stepped: list[Optimizer] = []  # who stepped since its last update
         self.stays = False  # whether batches need not be moved
         self.steps = {name: _positional(getattr(run.module, name)) for name in STEPS}
-        if not self.mixed:  # the hottest call of all is made without this object in between
-            step = self.steps["training_step"]
-            self.train_step = lambda run, batch, batch_idx, optimizer_idx: step(batch, batch_idx, optimizer_idx)  # type: ignore[method-assign]
+        self.train_batch = loop.train_batch  # type: ignore[method-assign]  # the hottest calls have no object in between
+        if not self.mixed:
+            self.train_step = _direct(run.module.training_step)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ start
 
@@ -85,9 +85,7 @@ class Operations:
 
     @hookimpl
     def train_batch(self, run: Run, batch: Any, batch_idx: int) -> Any:
-        if len(run.optimizers) == 1 and run.module.automatic_optimization:
-            return loop.train_with(run, self.hooks, batch, batch_idx, 0)
-        return loop.train_batch(run, self.hooks, batch, batch_idx)
+        return loop.train_batch(run, batch, batch_idx)
 
     @hookimpl
     def evaluate(self, run: Run, stage: str) -> Any:
@@ -163,7 +161,7 @@ class Operations:
         return self.updated
 
     @hookimpl
-    def zero_grad(self, optimizer: Optimizer) -> bool:
+    def zero_grad(self, run: Run, optimizer: Optimizer) -> bool:
         optimizer.zero_grad()
         return True
 
@@ -197,17 +195,28 @@ class Operations:
         return checkpoint.load(path)
 
 
+def _direct(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` as an answer to the operation ``train_step``, with no call in between where it takes batch and batch_idx."""
+    if _taken(step) == 2:
+        return lambda run, batch, batch_idx, optimizer_idx: step(batch, batch_idx)
+    call = _positional(step)
+    return lambda run, batch, batch_idx, optimizer_idx: call(batch, batch_idx, optimizer_idx)
+
+
+def _taken(step: Callable[..., Any]) -> int | None:
+    """How many arguments ``step`` takes, None for any number."""
+    parameters = list(inspect.signature(step).parameters.values())
+    return None if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) else len(parameters)
+
+
 def _positional(step: Callable[..., Any]) -> Callable[..., Any]:
     """``step`` called with as many of (batch, batch_idx, dataloader_idx or optimizer_idx) as it takes."""
-    parameters = list(inspect.signature(step).parameters.values())
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return step
-    taken = len(parameters)
+    taken = _taken(step)
     if taken == 1:
         return lambda batch, batch_idx, idx: step(batch)
     if taken == 2:
         return lambda batch, batch_idx, idx: step(batch, batch_idx)
-    if taken == 3:
+    if taken in (3, None):
         return step
     raise TypeError(f"{step.__qualname__} must take batch, or batch and batch_idx, or also dataloader_idx, got {inspect.signature(step)}")
 

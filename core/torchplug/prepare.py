@@ -194,10 +194,12 @@ def _set_optimizers(run: Run) -> None:
     run.contributions = [0] * len(run.optimizers)
     run.closures = [needs_closure(optimizer) for optimizer in run.optimizers]
     run.manual_optimizers = [ManualOptimizer(run, run.hooks, i) for i in range(len(run.optimizers))]
-    if not module.automatic_optimization:
+    run.automatic = module.automatic_optimization
+    if not run.automatic:
         if options.accumulate_grad_batches > 1:
             raise ValueError("accumulate_grad_batches is for automatic optimization; in manual optimization call step() every few batches")
         return
+    run.turn = 0 if len(run.optimizers) == 1 else -1
     run.step_schedulers = [scheduler for scheduler in run.schedulers if scheduler.interval == "step"]
     run.epoch_schedulers = [scheduler for scheduler in run.schedulers if scheduler.interval == "epoch"]
     if not run.optimizers:

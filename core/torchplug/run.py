@@ -69,6 +69,8 @@ class Run:
         manual_optimizers: the same for manual optimization: their ``step`` is announced and counted.
         optimizer_steps: finished steps of each optimizer.
         schedulers: learning-rate schedulers with their turns.
+        automatic: whether the loop calls backward and the optimizers, or the module does.
+        turn: which optimizer the loop trains with, -1 for several in turn, or for none in manual optimization.
         step_schedulers: those among them that the loop steps after an optimizer step.
         epoch_schedulers: those that it steps at the end of an epoch; in manual optimization the module steps them all.
         loaders: the loaders of each stage (train, validate, test, predict).
@@ -110,6 +112,8 @@ class Run:
     window_ends: bool = True
     contributions: list[int] = field(default_factory=list)
     closures: list[bool] = field(default_factory=list)
+    automatic: bool = True
+    turn: int = -1
     step_schedulers: list[Scheduler] = field(default_factory=list)
     epoch_schedulers: list[Scheduler] = field(default_factory=list)
     counted: int = -1
