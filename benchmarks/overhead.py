@@ -63,9 +63,17 @@ class Batches:
         return windows[len(windows) // 10] / WINDOW * 1e6
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+class MLP(nn.Module):
+    """32-64-10, the same for everybody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l1 = nn.Linear(32, 64)
+        self.l2 = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l2(nn.functional.relu(self.l1(x)))
 
 
 # ---------------------------------------------------------------------- the raw loops
@@ -73,7 +81,7 @@ def network() -> nn.Module:
 
 def raw(batches: Batches) -> None:
     """Nothing but training."""
-    net = network()
+    net = MLP()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     for x, y in batches:
         loss = nn.functional.cross_entropy(net(x), y)
@@ -98,7 +106,7 @@ def raw_by_hand(batches: Batches, folder: Path) -> None:
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
-    net = network()
+    net = MLP()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     validation = Batches(WINDOW)
     writer, journal = SummaryWriter(str(folder)), open(folder / "log.jsonl", "w")  # noqa: SIM115
@@ -139,13 +147,13 @@ def quiet_console() -> Any:
 
 
 class Net(torchplug.Module):
-    """The MLP 32-64-10, as a module of torchplug."""
+    """The same network as a module of torchplug."""
 
     logs = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = MLP()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, y = batch
@@ -243,7 +251,7 @@ def with_lightning(*, logs: bool = False, usual: bool = False) -> Callable[[Batc
     class Lit(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.net = network()
+            self.net = MLP()
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             x, y = batch

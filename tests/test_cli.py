@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from torchplug.cli import main
 from torchplug.options import fields_of
 from torchplug.settings import RENAMED, Settings

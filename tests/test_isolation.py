@@ -22,6 +22,7 @@ LAYERS = [
     {"module", "run"},
     {"loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},
+    {"precision"},
     {"trainer"},
     {"__init__"},
     {"cli", "testing"},

@@ -91,8 +91,10 @@ def limited(name: str, total: int | None, limit: int | float) -> int | None:
 
 def batch_size(batch: Any) -> int:
     """The first dimension of the first tensor in ``batch``; 0 if there is none."""
-    if (type(batch) is list or type(batch) is tuple) and batch and type(batch[0]) is Tensor and batch[0].dim():
-        return batch[0].size(0)  # nearly all batches are like this, and it is asked at each of them
+    if (type(batch) is list or type(batch) is tuple) and batch and type(batch[0]) is Tensor:  # nearly all batches are like this
+        shape = batch[0].shape
+        if shape:
+            return shape[0]
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, (list, tuple)):

@@ -65,7 +65,7 @@ def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:
 def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.HookImpl]) -> Callable[..., Any]:
     """A function that calls the implementations one after the other with just the arguments that they name."""
     if not implementations:
-        return _nobody_of_two if len(parameters) == 2 else _nobody
+        return _NOBODY[len(parameters)]
     if len(implementations) == 1 and implementations[0].argnames == parameters:
         return implementations[0].function
     lines = [f"def {name}({', '.join(parameters)}):", "    pass"]
@@ -81,12 +81,17 @@ def _plain(name: str, parameters: tuple[str, ...], implementations: list[pluggy.
     return function
 
 
-def _nobody_of_two(first: Any, second: Any) -> None:
-    """What most hooks of a step are when nobody implements them: one function for all stays in the processor's caches."""
-
-
-def _nobody(*_: Any) -> None:
-    """What a hook is that nobody implements."""
+# What a hook is that nobody implements, by its number of arguments: hooks share them, so that they stay in the processor's caches.
+_NOBODY: list[Callable[..., None]] = [
+    lambda: None,
+    lambda a: None,
+    lambda a, b: None,
+    lambda a, b, c: None,
+    lambda a, b, c, d: None,
+    lambda a, b, c, d, e: None,
+    lambda a, b, c, d, e, f: None,
+    lambda a, b, c, d, e, f, g: None,
+]
 
 
 class _Dispatched:

@@ -80,6 +80,9 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def fit(run: Run, hooks: Hooks) -> None:
     """Trains until a limit is reached or somebody asked to stop."""
+    if not run.module.training:
+        run.say_once(f"{type(run.module).__name__} was in eval mode and is put into train mode; freeze parts of it if that is meant")
+        run.module.train()
     hooks.on_fit_start(run)
     validation, limits, watch = Validation(run), Limits(run), LossWatch(run)
     if validation.enabled and run.options.num_sanity_val_steps:
@@ -104,31 +107,34 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     """One epoch: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
     every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
-    max_steps, timed, within_epoch, due = limits.max_steps, limits.timed, validation.within_epoch, watch.due
     position.batch, run.exhausted, first_step = 0, False, position.step
+    due: float = 0  # the micro step after which something may have to be done
     hooks.on_train_epoch_start(run)
     metrics.batches()
-    for batch in islice(run.loaders["train"][0], run.limits["train"][0]):
-        batch_idx, step = position.batch, position.step
+    loader, limit = run.loaders["train"][0], run.limits["train"][0]
+    for batch in loader if limit is None else islice(loader, limit):
+        batch_idx, micro_step, step = position.batch, position.micro_step, position.step
         if accumulate > 1:
             limits.open_window(batch_idx)
         batch = hooks.move_batch(run, batch)
         size = metrics.size = batch_size(batch)
         hooks.on_train_batch_start(run, batch, batch_idx)
         outputs = hooks.train_batch(run, batch, batch_idx)
-        if position.micro_step >= due:
-            due = watch.look(outputs)
-        position.batch += 1
-        position.micro_step += 1
+        if micro_step >= due:
+            watch.look(outputs)
+        position.batch, position.micro_step = batch_idx + 1, micro_step + 1
         position.samples += size
         hooks.on_train_batch_end(run, outputs, batch, batch_idx)
         batch = outputs = None  # nothing is held while the next one is fetched
+        if micro_step < due and not run.stop_reason:
+            continue  # most batches have nothing more to do
         if position.step % every == 0 and position.step != step:
             _record(run, hooks, metrics.step_record())
-        if within_epoch and validation.due_after_batch():
+        if validation.within_epoch and validation.due_after_batch():
             hooks.evaluate(run, "validate")
-        if (run.stop_reason or timed or position.step >= max_steps) and run.window_ends and limits.stop():
+        if run.window_ends and limits.stop():
             break
+        due = min(watch.due, limits.next_due(), validation.next_due())
     else:
         limits.exhausted()
         for index, contributions in enumerate(run.contributions):

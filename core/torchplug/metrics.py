@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -192,7 +193,7 @@ class Metrics:
             series.unsent = series.touched = True
             return
         elif not isinstance(value, (int, float)):
-            self._refuse(name, value)
+            value = self._number(name, value)
         series.last = value
         series.unsent = True
         if series.on_epoch:
@@ -234,7 +235,10 @@ class Metrics:
         self._series[name] = series
         return series
 
-    def _refuse(self, name: str, value: Any) -> None:
+    @staticmethod
+    def _number(name: str, value: Any) -> float:
+        if isinstance(value, Real):  # such as NumPy's scalars
+            return float(value)
         raise TypeError(f"log({name!r}) takes a number, a tensor with one element or a metric object, got {type(value).__name__} {value!r}")
 
     def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None) -> None:
@@ -248,9 +252,9 @@ class Metrics:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
-            value = value.detach()
+            value = value.detach().clone()
         elif not isinstance(value, (int, float)):
-            self._refuse(name, value)
+            value = self._number(name, value)
         self._publish(name, value, prog_bar, logger)
 
     def _publish(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:

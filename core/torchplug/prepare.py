@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from torchplug.blame import add_note
 from torchplug.checkpoint import versions
 from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
@@ -140,6 +142,8 @@ def _loaders(run: Run, stage: str, sources: Sources) -> list[Any]:
         loaders = [given]
     elif isinstance(given, dict):
         loaders = list(given.values())
+    elif isinstance(given, (list, tuple)) and given and all(isinstance(part, (Tensor, tuple, dict)) for part in given):
+        loaders = [given]  # batches, not loaders
     else:
         loaders = list(given) if isinstance(given, (list, tuple)) else [given]
     for loader in loaders:

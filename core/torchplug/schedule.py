@@ -33,6 +33,7 @@ class Limits:
         if options.max_time is not None:
             self.deadline = time.monotonic() + duration("max_time", options.max_time)
         self.accumulate = options.accumulate_grad_batches
+        self.record = options.log_every_n_steps
 
     def reached(self) -> bool:
         """Whether no further epoch begins."""
@@ -50,6 +51,13 @@ class Limits:
             return True
         self.run.say_once(f"a stop was requested ({self.run.stop_reason}); it waits for min_epochs and min_steps")
         return False
+
+    def next_due(self) -> float:
+        """The micro step after which training may end, or values be recorded: a step takes one batch at least."""
+        if self.timed:
+            return self.position.micro_step
+        steps = min(self.max_steps - self.position.step, self.record - self.position.step % self.record)
+        return self.position.micro_step + max(steps, 1) - 1
 
     def open_window(self, batch_idx: int) -> None:
         """Says for a batch how long its accumulation window is and whether it ends there."""
@@ -149,11 +157,22 @@ class Validation:
     def _this_epoch(self) -> bool:
         return self.epochs is None or (self.position.epoch + 1) % self.epochs == 0
 
+    def next_due(self) -> float:
+        """The micro step after which validation may be due within the epoch."""
+        if not self.within_epoch:
+            return math.inf
+        if self.every is None:
+            return self.position.micro_step
+        return self.position.micro_step + self.every - self._count() % self.every - 1
+
+    def _count(self) -> int:
+        """The batches that val_check_interval counts."""
+        return self.position.micro_step if self.epochs is None else self.position.batch
+
     def due_after_batch(self) -> bool:
         """Whether to validate after the batch that was just finished."""
         if self.every is not None:
-            count = self.position.micro_step if self.epochs is None else self.position.batch
-            due = count % self.every == 0 and self._this_epoch()
+            due = self._count() % self.every == 0 and self._this_epoch()
         else:
             assert self.seconds is not None
             due = time.monotonic() - self.since >= self.seconds and self._this_epoch()

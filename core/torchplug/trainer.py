@@ -23,8 +23,9 @@ from torchplug.hookspecs import Hooks
 from torchplug.members import Member, PluginError
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
-from torchplug.operations import LossScaling, Operations
+from torchplug.operations import Operations
 from torchplug.plugins import BUNDLE, GPU, build, find, installed, order
+from torchplug.precision import ScaledAutocast, Unscaling, operations_for
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
 from torchplug.run import Run
 from torchplug.seed import seed_everything
@@ -201,8 +202,8 @@ class Trainer(Settings):
         members = [Member(module, run.module, kind="module"), *order(own), Member("core", operations, kind="core")]
         if run.datamodule is not None:
             members.insert(0, Member(data if data != module else f"{data} (data)", run.datamodule, kind="data module"))
-        if run.options.precision == "16-mixed":
-            members.insert(0, Member("loss scaling", LossScaling(operations), kind="core"))
+        if isinstance(operations, ScaledAutocast):
+            members.insert(0, Member("loss scaling", Unscaling(operations), kind="core"))
         return members
 
     # ------------------------------------------------------------------ a run
@@ -238,7 +239,7 @@ class Trainer(Settings):
         check_names(datamodule)
         assert module is not None
         run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
-        operations = Operations(run)
+        operations = operations_for(run)
         members = self._assemble(run, operations)
         manager = register(members)
         run.hooks = operations.hooks = dispatch(manager)
