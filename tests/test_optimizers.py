@@ -385,3 +385,28 @@ def test_a_scheduler_is_described_by_its_turns() -> None:
     own = optimizer()
     scheduler = Scheduler(StepLR(own, 1), interval="step", frequency=3)
     assert (scheduler.optimizer is own, scheduler.follows_metric) == (True, False)
+
+
+def test_an_optimizer_with_a_zero_grad_of_its_own_clears_in_its_own_way(tiny: Any, trainer: Any) -> None:
+    cleared: list[str] = []
+
+    class Own(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            cleared.append("class")
+            super().zero_grad(set_to_none)
+
+    class Owning(tiny.Module):
+        def __init__(self, on_the_instance: bool) -> None:
+            super().__init__(train=3, val=0)
+            self.on_the_instance = on_the_instance
+
+        def configure_optimizers(self) -> Any:
+            if not self.on_the_instance:
+                return Own(self.parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer.zero_grad = lambda: cleared.append("instance")  # type: ignore[assignment, misc]
+            return optimizer
+
+    trainer().fit(Owning(False))
+    trainer().fit(Owning(True))
+    assert cleared == ["class"] * 3 + ["instance"] * 3

@@ -115,7 +115,13 @@ class Operations:
 
     @hookimpl
     def zero_grad(self, run: Run, optimizer: Optimizer) -> bool:
-        optimizer.zero_grad()
+        if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:  # its own way of clearing is kept
+            optimizer.zero_grad()
+            return True
+        # the same as torch's own zero_grad, without the profiler's context around it that costs ten times as much
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
         return True
 
     @hookimpl
