@@ -80,7 +80,9 @@ def test_explain_shows_for_each_hook_who_is_called_from_which_package_and_why(ca
     assert main(["explain", "checkpoint", "early_stopping"]) == 0
     out = capsys.readouterr().out
     order = out.partition("\n\n")[0]
-    assert order.index("1. early_stopping  torchplug-early-stopping 0.1.0  (as listed)") < order.index("2. checkpoint  torchplug-checkpoint 0.1.0")
+    assert order.index("1. early_stopping  torchplug-early-stopping 0.1.0  (as listed)") < order.index(
+        "2. checkpoint  torchplug-checkpoint 0.1.0"
+    )
     assert "after='*' of checkpoint" in order
     hook = out[out.index("on_validation_end:") :]
     assert hook.index("early_stopping  torchplug-early-stopping 0.1.0  (as listed)") < hook.index("checkpoint  torchplug-checkpoint 0.1.0")
