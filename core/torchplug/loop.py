@@ -53,7 +53,7 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
         told(hooks.on_exception, error)
     if run.work == "fit":
         failure = told(hooks.on_fit_end, failure)
-    failure = told(hooks.teardown, run.work)
+    failure = told(hooks.teardown, run.purpose)
     failure = told(hooks.on_run_end, _status(run, failure))
     try:
         if failure is not None:

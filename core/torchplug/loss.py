@@ -80,12 +80,14 @@ class LossWatch:
         self.latest: Tensor | None = None  # kept where the last batch of the epoch cannot be foreseen
         self.due: float = math.inf if self.policy == "ignore" else 0
 
-    def look(self, outputs: Any) -> float:
-        """Looks at the loss of a batch if it is time, or the last batch; returns the micro step of the next look.
+    def look(self, outputs: Any) -> None:
+        """Looks at the loss of a batch if it is time, or the last batch, and says in ``due`` when to look next.
 
         Raises:
             FloatingPointError: it was not finite in `PERSISTS` batches in a row, and the policy is "error".
         """
+        if self.policy == "ignore":
+            return
         loss = outputs[-1] if isinstance(outputs, list) and outputs else outputs
         loss = loss.get("loss") if isinstance(loss, Mapping) else loss
         position, batches = self.position, self.run.num_batches
@@ -99,7 +101,6 @@ class LossWatch:
         if to_the_last <= 0:
             to_the_last += batches or 1
         self.due = position.micro_step + max(1, min(self.next - position.micro_step, to_the_last, steps_left))
-        return self.due
 
     def _check(self, loss: Tensor) -> None:
         self.latest = None

@@ -76,7 +76,7 @@ def prepare(run: Run, hooks: Hooks, sources: Sources) -> None:
     if run.rank == 0:
         for owner in owners:
             _ask(owner, "prepare_data")
-    hooks.setup(run, "fit" if run.work == "tune" else run.work)
+    hooks.setup(run, run.purpose)
     run.module.configure_model()
     run.module = hooks.setup_module(run, run.module)
     for stage in STAGES[run.work]:

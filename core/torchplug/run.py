@@ -157,6 +157,11 @@ class Run:
         return total
 
     @property
+    def purpose(self) -> str:
+        """What ``setup`` and ``teardown`` prepare for: tuning needs what a fit needs."""
+        return "fit" if self.work == "tune" else self.work
+
+    @property
     def is_last_batch(self) -> bool:
         """Whether all training batches of the epoch are done: what comes now belongs to the epoch's end."""
         return self.exhausted or self.position.batch == self.num_batches
