@@ -382,9 +382,9 @@ def test_batches_are_listened_to_only_where_steps_or_a_time_are_asked_for(tmp_pa
     quiet = fit(tmp_path, Scripted([1.0]), Checkpoint(monitor="val_loss")).run
     busy = fit(tmp_path, Scripted([1.0]), Checkpoint(every_n_steps=100)).run
     timed = fit(tmp_path, Scripted([1.0]), Checkpoint(every_time=timedelta(hours=1))).run
-    assert quiet.hooks.on_train_batch_end is quiet.hooks.on_train_batch_start  # both are the one that nobody listens to
-    assert busy.hooks.on_train_batch_end is not busy.hooks.on_train_batch_start
-    assert timed.hooks.on_train_batch_end is not timed.hooks.on_train_batch_start
+    assert quiet.hooks.on_train_batch_end is quiet.hooks.log_text  # both are the one that nobody listens to
+    assert busy.hooks.on_train_batch_end is not busy.hooks.log_text
+    assert timed.hooks.on_train_batch_end is not timed.hooks.log_text
 
 
 # ---------------------------------------------------------------------- the state that is saved
