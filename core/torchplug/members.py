@@ -157,7 +157,9 @@ class Member:
             try:
                 method(*args)
             except Exception as error:
-                if not self.failure:
+                if self.failure:
+                    logger.error("%s, which is switched off, failed in %s too: %s: %s", self.label, hook, type(error).__name__, error)
+                else:
                     when = f" at step {self.position.step}" if self.position is not None else ""
                     self.failure = f"{type(error).__name__} in {hook}{when}: {error}"
                     logger.error(
