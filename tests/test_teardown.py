@@ -305,3 +305,15 @@ def test_an_evaluation_that_fails_is_announced_as_failed_too(tiny: Any, trainer:
         trainer(plugins=[recorder]).test(Wrong())
     assert recorder.names == ["on_exception", "teardown", "on_run_end"]  # there was no fit to end
     assert recorder.calls[-1][1]["status"] == "failed"
+
+
+def test_nobody_is_blamed_for_ctrl_c(tiny: Any, trainer: Any, loader: Any) -> None:
+    class Running:
+        @hookimpl
+        def on_train_batch_end(self, run: Any) -> None:
+            raise KeyboardInterrupt  # it came while this was running
+
+    made = trainer(plugins=[Running()])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        made.fit(tiny(), loader(2))
+    assert not any("raised by" in note for note in caught.value.__notes__)

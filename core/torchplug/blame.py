@@ -52,8 +52,8 @@ def _culprit(frames: Iterable[FrameType], members: Iterable[Member]) -> tuple[Me
 
 def blame(error: BaseException, members: Iterable[Member], rank: int) -> None:
     """Notes on ``error`` the plugin, package, version, hook and rank it came from, if it came from a hook."""
-    if any(note.startswith("raised by ") for note in getattr(error, "__notes__", [])):
-        return
+    if isinstance(error, KeyboardInterrupt) or any(note.startswith("raised by ") for note in getattr(error, "__notes__", [])):
+        return  # whoever was running when Ctrl-C came has done nothing
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = _culprit(reversed(frames), members)
     if found is not None:
