@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"blame", "data", "hookspecs", "loss", "options", "seed"},
     {"checkpoint", "metrics", "optimizers", "schedule", "settings"},
-    {"module", "run"},
+    {"run"},
+    {"module"},
     {"loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},
     {"precision"},

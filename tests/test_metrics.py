@@ -141,7 +141,7 @@ def test_an_epoch_mean_is_weighted_by_the_sizes_of_the_batches(tiny: Any, traine
         (("name", torch.zeros(4)), 4),
         ({"text": ["a", "b"], "x": torch.zeros(4, 1)}, 4),
         ({"inner": {"x": [torch.zeros(6)]}}, 6),
-        ([torch.tensor(1.0), torch.zeros(7)], 1),
+        ([torch.tensor(1.0), torch.zeros(7)], 7),
     ],
     ids=repr,
 )

@@ -106,6 +106,8 @@ def batch_size(batch: Any) -> int:
     else:
         return 0
     for part in parts:
+        if isinstance(part, Tensor) and not part.dim():  # a weight or a temperature says nothing about the batch
+            continue
         if size := batch_size(part):
             return size
     return 0

@@ -110,6 +110,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
     position.batch, run.exhausted, first_step = 0, False, position.step
     due: float = 0  # the micro step after which something may have to be done
     hooks.on_train_epoch_start(run)
+    _record(run, hooks, metrics.record())  # what was logged until here belongs to training, not to a validation that records first
     metrics.batches()
     loader, limit = run.loaders["train"][0], run.limits["train"][0]
     for batch in loader if limit is None else islice(loader, limit):
@@ -132,6 +133,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
             _record(run, hooks, metrics.step_record())
         if validation.within_epoch and validation.due_after_batch():
             hooks.evaluate(run, "validate")
+            validation.over()
         if run.window_ends and limits.stop():
             break
         due = min(watch.due, limits.next_due(), validation.next_due())

@@ -74,7 +74,7 @@ class LossWatch:
         self.every = run.options.log_every_n_steps
         self.warned = False
         self.bad = 0  # batches in a row
-        self.since = 0  # the step at which the first of them was seen
+        self.since: int | None = None  # the step at which the first of them was seen
         self.value = 0.0
         self.next = self.every - 1  # the micro step of the next check
         self.latest: Tensor | None = None  # kept where the last batch of the epoch cannot be foreseen
@@ -88,15 +88,17 @@ class LossWatch:
         """
         if self.policy == "ignore":
             return
-        loss = outputs[-1] if isinstance(outputs, list) and outputs else outputs
-        loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+        several = outputs if isinstance(outputs, list) else [outputs]  # one for each optimizer
+        found = [each.get("loss") if isinstance(each, Mapping) else each for each in several]
+        losses = [each.detach().sum() for each in found if isinstance(each, Tensor) and each.numel() == 1]
         position, batches = self.position, self.run.num_batches
         steps_left = (self.run.options.max_steps or sys.maxsize) - position.step  # this batch's update is counted already
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if losses:
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             if position.micro_step >= self.next or position.batch + 1 == batches or steps_left <= 0:
                 self._check(loss)
             elif batches is None:
-                self.latest = loss.detach()
+                self.latest = loss
         to_the_last = 1 if batches is None else batches - 1 - position.batch
         if to_the_last <= 0:
             to_the_last += batches or 1
@@ -104,7 +106,7 @@ class LossWatch:
 
     def _check(self, loss: Tensor) -> None:
         self.latest = None
-        self.value = float(loss.detach())
+        self.value = float(loss)
         if math.isfinite(self.value):
             self.bad, self.next = 0, self.position.micro_step + self.every
         else:
@@ -141,7 +143,8 @@ class LossWatch:
                 raise FloatingPointError(self._words(f"parameters are nan or infinite at the end of training ({', '.join(names[:5])})"))
 
     def _words(self, what: str) -> str:
+        since = self.position.step if self.since is None else self.since
         return (
-            f"{what} (seen first at step {self.since or self.position.step}, now at step {self.position.step}): lower the learning rate, "
+            f"{what} (seen first at step {since}, now at step {self.position.step}): lower the learning rate, "
             "clip gradients with gradient_clip_val, or find its origin with detect_anomaly=True; nonfinite_loss='warn' goes on all the same"
         )

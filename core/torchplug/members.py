@@ -66,6 +66,8 @@ class Member:
             method = getattr(self.plugin, hook)
             if method is None:  # set to None on the instance: not implemented this time
                 continue
+            if function.__defaults__:
+                method = _without_defaults(method)
             self.codes[inspect.unwrap(function).__code__] = hook
             if policy == "disable":
                 if options["wrapper"] or hook in OPERATIONS:
@@ -143,7 +145,7 @@ class Member:
                 raise PluginError(
                     f"{where}: the hook has no argument {parameter.name!r}{closest(parameter.name, PARAMETERS[hook])} (it has: {possible})"
                 )
-            if parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
+            if parameter.kind is parameter.KEYWORD_ONLY or (parameter.default is not parameter.empty and self.kind == "plugin"):
                 raise PluginError(f"{where}: argument {parameter.name!r} must be plain, without a default and not keyword-only")
 
     def _guarded(self, hook: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,6 +182,13 @@ def _own_names(cls: type) -> Iterator[str]:
             if name not in seen and not hasattr(Module.__mro__[1], name):
                 seen.add(name)
                 yield name
+
+
+def _without_defaults(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a module so that pluggy passes all arguments: also the usual ``dataloader_idx=0`` and ``stage=None``."""
+    names = ", ".join(inspect.signature(method).parameters)
+    full: Callable[..., Any] = eval(f"lambda {names}: method({names})", {"method": method})
+    return full
 
 
 def _answered(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -187,8 +187,8 @@ class Metrics:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}; reduce it first")
-            if not enable_graph:  # parameters, buffers and sums may be changed in place afterwards, so they are copied
-                value = value.detach() if value.grad_fn is not None else value.detach().clone()
+            if not enable_graph:  # whatever it is may be changed in place afterwards (loss += penalty), so it is copied
+                value = value.detach().clone()
         elif series.source is not None:
             series.unsent = series.touched = True
             return
@@ -297,6 +297,9 @@ class Metrics:
                     self._publish(each.named("_step", loader, self._pass.loaders), each.last, each.prog_bar, logger=False)
                     each.last = None
                 if not each.on_epoch:
+                    if each.source is not None:
+                        each.source.reset()
+                        each.touched = each.unsent = False
                     continue
                 value = each.result()
                 if value is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchplug.data import DataModule
 from torchplug.optimizers import outside_of_autocast
 from torchplug.options import closest
+from torchplug.run import Position
 
 if TYPE_CHECKING:
     from torchplug.run import Run
@@ -40,6 +42,8 @@ FORMER = {
     "optimizer_zero_grad": "zero_grad hooks in a plugin",
     "configure_gradient_clipping": "clip_gradients(self, optimizer)",
     "lr_scheduler_step": "scheduler_step(self, scheduler)",
+    "on_save_checkpoint": "buffers for what belongs to the weights, a plugin's state_dict for the rest",
+    "on_load_checkpoint": "buffers for what belongs to the weights, a plugin's load_state_dict for the rest",
     "configure_callbacks": "configure_plugins, which returns a list of plugins",
     "tng_dataloader": "train_dataloader",
     "get_progress_bar_dict": "self.log(name, value, prog_bar=True)",
@@ -136,7 +140,7 @@ class Module(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the first parameter or buffer is; the CPU for a module without any."""
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
             return tensor.device
         return torch.device("cpu")
 
@@ -178,12 +182,12 @@ class Module(nn.Module):
             on_epoch: record the reduction over the epoch (None: in evaluation, and outside of batches).
             reduce_fx: mean (weighted by batch size), sum, min, max, or a function of the tensor of all values.
             enable_graph: keep the graph of the value.
-            sync_dist: reduce over processes.
-            sync_dist_group: the processes to reduce over.
+            sync_dist: reduce over processes, where there are several.
+            sync_dist_group: the processes to reduce over, where there are several.
             add_dataloader_idx: with several loaders, append ``/dataloader_idx_N``.
             batch_size: the weight of the value in a mean; found in the batch if not given.
             metric_attribute: accepted for code that gives it; not needed.
-            rank_zero_only: whether only the first process logs it.
+            rank_zero_only: whether only the first process logs it, where there are several.
         """
         if self._run is None:
             _say_once_outside(name)
@@ -274,6 +278,9 @@ class Module(nn.Module):
         arguments = {**saved, **overrides}
         parameters = inspect.signature(cls.__init__).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in overrides:
+                if name not in parameters:
+                    raise TypeError(f"{cls.__name__}.__init__ has no argument {name!r}{closest(name, list(parameters)[1:])}")
             arguments = {name: value for name, value in arguments.items() if name in parameters}
         needed = [
             name
@@ -317,7 +324,7 @@ class Module(nn.Module):
         modes, run = [(module, module.training) for module in self.modules()], self._run
         self.eval()
         if run is None:  # exporters look at every attribute, and `run` must not raise then
-            self.__dict__["_run"] = object()
+            self.__dict__["_run"] = SimpleNamespace(position=Position(), metrics=SimpleNamespace(log=lambda *_: None))
         try:
             with torch.no_grad():
                 yield

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchplug import checkpoint, loop
+from torchplug.blame import add_note
 from torchplug.data import move
 from torchplug.hookspecs import Hooks, hookimpl
+from torchplug.metrics import MissingMetric
 from torchplug.module import STEPS, Module
 from torchplug.optimizers import Scheduler
 
@@ -132,7 +134,11 @@ class Operations:
         assert scheduler.monitor is not None
         if not scheduler.strict and scheduler.monitor not in run.metrics:
             return False
-        reading = run.metrics.fresh(scheduler.monitor, scheduler.seen)
+        try:
+            reading = run.metrics.fresh(scheduler.monitor, scheduler.seen)
+        except MissingMetric as error:
+            add_note(error, "a scheduler's metric must be logged before on_train_epoch_end, so that what is saved there has its new state")
+            raise
         if reading is None:
             return False
         scheduler.seen = reading.serial

@@ -48,7 +48,7 @@ class Scheduler:
     seen: int = -1  # the serial of the last monitored value that it was given
 
     def __post_init__(self) -> None:
-        if not (hasattr(self.scheduler, "step") and hasattr(self.scheduler, "state_dict")):
+        if not all(hasattr(self.scheduler, name) for name in ("step", "state_dict", "optimizer")):
             raise TypeError(f"configure_optimizers: {self.scheduler!r} is not a learning-rate scheduler")
         if self.interval not in ("epoch", "step"):
             raise ValueError(f"configure_optimizers: interval must be 'epoch' or 'step', got {self.interval!r}")

@@ -129,3 +129,7 @@ class Unscaling:
     @hookimpl
     def on_train_batch_end(self) -> None:
         self.operations.adapt()
+
+    @hookimpl
+    def on_train_epoch_end(self) -> None:  # a window that the loader's end cut short is stepped after its last batch
+        self.operations.adapt()

@@ -34,6 +34,9 @@ class Limits:
             self.deadline = time.monotonic() + duration("max_time", options.max_time)
         self.accumulate = options.accumulate_grad_batches
         self.record = options.log_every_n_steps
+        self.progress = 0  # the micro step up to which optimizer steps were taken
+        # a loss scaler finds its scale by skipping steps: that may take more than an epoch of few batches
+        self.patience = 30 * options.accumulate_grad_batches if options.precision == "16-mixed" else 0
 
     def reached(self) -> bool:
         """Whether no further epoch begins."""
@@ -99,6 +102,10 @@ class Limits:
             RuntimeError: no optimizer step was taken since ``first_step``.
         """
         if self.position.step > first_step or not self.run.optimizers:
+            self.progress = self.position.micro_step
+            return
+        more = self.position.step or self.position.epoch + 1 < self.max_epochs
+        if more and self.position.micro_step - self.progress < self.patience:
             return
         if self.run.module.automatic_optimization:
             raise RuntimeError(
@@ -176,10 +183,13 @@ class Validation:
         else:
             assert self.seconds is not None
             due = time.monotonic() - self.since >= self.seconds and self._this_epoch()
-            if due:
-                self.since = time.monotonic()
         self.happened = self.happened or due
         return due
+
+    def over(self) -> None:
+        """A validation within the epoch is over: its own time does not count towards the next one."""
+        if self.seconds is not None:
+            self.since = time.monotonic()
 
     def due_after_epoch(self) -> bool:
         """Whether to validate when all batches of the epoch are done."""

@@ -57,7 +57,7 @@ RENAMED = {
 }  # fmt: skip
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Settings:
     """How to train, in numbers and names.
 

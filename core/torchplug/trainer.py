@@ -50,7 +50,7 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         return not logging.getLogger().handlers and bool(super().filter(record))
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Trainer(Settings):
     __doc__ = Settings.__doc__
 
@@ -348,7 +348,8 @@ class Trainer(Settings):
         elif ckpt_path is not None:
             path = Path(ckpt_path)
         else:
-            path = fitted.best_path if fitted is not None and module is None and work != "fit" else None
+            same = fitted is not None and module is None and work != "fit" and fitted.module is self._module
+            path = fitted.best_path if fitted is not None and same else None
             if path is not None and not path.exists():
                 logger.warning("the best checkpoint %s is gone: %s with the present weights", path, work)
                 path = None
