@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchplug.options import closest
 
 if TYPE_CHECKING:
-    from torchplug.hookspecs import Hooks
     from torchplug.run import Run
 
 __all__ = ["ManualOptimizer", "Scheduler", "needs_closure", "only", "outside_of_autocast", "parse"]
@@ -155,8 +154,8 @@ def outside_of_autocast(run: Run) -> AbstractContextManager[Any]:
 class ManualOptimizer:
     """An optimizer for manual optimization: ``step`` goes through the hooks, precision and counters of the run."""
 
-    def __init__(self, run: Run, hooks: Hooks, index: int) -> None:
-        self._run, self._hooks, self._index = run, hooks, index
+    def __init__(self, run: Run, index: int, update: Callable[[Any], None]) -> None:
+        self._run, self._update = run, update
         self.optimizer = run.optimizers[index]
 
     def step(self, closure: Any = None) -> None:
@@ -164,10 +163,8 @@ class ManualOptimizer:
 
         The position counts one step for a batch in which at least one optimizer stepped.
         """
-        from torchplug.loop import update  # the loop builds on this module
-
         with outside_of_autocast(self._run):
-            update(self._run, self._hooks, self._index, closure)
+            self._update(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchplug.blame import add_note
 from torchplug.checkpoint import versions
 from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
+from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
 
@@ -197,7 +199,7 @@ def _set_optimizers(run: Run) -> None:
     run.optimizer_steps = [0] * len(run.optimizers)
     run.contributions = [0] * len(run.optimizers)
     run.closures = [needs_closure(optimizer) for optimizer in run.optimizers]
-    run.manual_optimizers = [ManualOptimizer(run, run.hooks, i) for i in range(len(run.optimizers))]
+    run.manual_optimizers = [ManualOptimizer(run, i, partial(update, run, run.hooks, i)) for i in range(len(run.optimizers))]
     run.automatic = module.automatic_optimization
     if not run.automatic:
         if options.accumulate_grad_batches > 1:
