@@ -91,6 +91,19 @@ def raw(batches: Batches) -> None:
         optimizer.zero_grad()
 
 
+def raw_clearing(batches: Batches) -> None:
+    """Nothing but training, and gradients cleared as core clears them, without ``optimizer.zero_grad()``."""
+    net = MLP()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for x, y in batches:
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
 def raw_nothing(batches: Batches) -> None:
     """A step whose own work is nothing: a call that returns a tensor."""
     loss = torch.tensor(1.0)
@@ -356,6 +369,8 @@ def main() -> None:
     rows: list[tuple[str, Callable[[Batches], None], Callable[[Batches], None]]] = [
         ("torchplug, bare", with_torchplug(Net), raw),
         ("torchplug, one log on step and epoch", with_torchplug(Net, logs=True), raw),
+        ("torchplug, bare, over a loop that clears gradients as core does", with_torchplug(Net), raw_clearing),
+        ("torchplug, one log, over a loop that clears gradients as core does", with_torchplug(Net, logs=True), raw_clearing),
         (
             "torchplug, standard plugins, early stopping, validation, bar",
             with_torchplug(Validated, logs=True, plugins=standard, validation=True),
