@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 # each module imports from earlier layers alone
 LAYERS = [
-    {"blame", "data", "hookspecs", "loss", "options", "seed"},
+    {"blame", "data", "hookspecs", "loss", "options", "seed", "signals", "stream"},
     {"checkpoint", "metrics", "optimizers", "schedule", "settings"},
     {"run"},
+    {"state"},
     {"module"},
     {"loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},

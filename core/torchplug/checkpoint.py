@@ -1,4 +1,4 @@
-"""The state of a run as one safetensors file: collect it, write it, verify it, load it. No pickle anywhere.
+"""The state of a run as one safetensors file: write it, verify it, load it. No pickle anywhere.
 
 Tensors lie under their path in the state (``module.l1.weight``), everything else as JSON in the file's metadata,
 with a CRC-32 for each tensor and one for the JSON. Any safetensors reader opens the file.
@@ -14,24 +14,17 @@ import enum
 import errno
 import json
 import os
-import platform
 import zlib
 from argparse import Namespace
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
-from torchplug.seed import generator_state
-
-if TYPE_CHECKING:
-    from torchplug.run import Run
-
-__all__ = ["CheckpointError", "collect", "load", "module_state", "verify", "write"]
+__all__ = ["CheckpointError", "load", "plain", "verify", "write"]
 
 FORMAT = 1
 PLAIN = (str, int, float, bool, type(None))
@@ -41,41 +34,7 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message names the file, the entry, and what is wrong."""
 
 
-# ---------------------------------------------------------------------- the state of a run
-
-
-def collect(run: Run) -> dict[str, Any]:
-    """Everything that a run can change, as nested dicts and lists of tensors and plain values."""
-    options = run.options
-    return {
-        "versions": {**versions(), **run.packages},
-        "run": {"id": run.id, "class": type(run.module).__qualname__},
-        "position": dataclasses.asdict(run.position),
-        "module": dict(run.module.state_dict()),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "optimizer_steps": list(run.optimizer_steps),
-        "schedulers": [{"scheduler": s.scheduler.state_dict(), "seen": s.seen} for s in run.schedulers],
-        "generators": generator_state(),
-        "metrics": dict(run.metrics.results()),
-        "plugins": run.plugin_states(),
-        "hyperparameters": plain(run.module.hparams, "hyperparameters"),
-        "hyperparameters_argument": run.module._hparams_argument,
-        "options": {"accumulate_grad_batches": options.accumulate_grad_batches, "precision": options.precision},
-    }
-
-
-def module_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The module's own state dict in a loaded checkpoint."""
-    return dict(state["module"])
-
-
-def versions() -> dict[str, str]:
-    """The versions that a run's results depend on first of all."""
-    try:
-        own = version("torchplug")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": own}
+# ---------------------------------------------------------------------- values
 
 
 def plain(value: Any, path: str) -> Any:

@@ -269,7 +269,7 @@ class Module(nn.Module):
         Raises:
             TypeError: ``__init__`` needs arguments that are neither saved nor given; they are named.
         """
-        from torchplug.checkpoint import load, module_state
+        from torchplug.checkpoint import load
 
         state = load(path)
         saved = {name: _attributes(value) for name, value in state["hyperparameters"].items()}
@@ -294,7 +294,7 @@ class Module(nn.Module):
                 f"or give them here: load_from_checkpoint(path, {needed[0]}=...)"
             )
         module = cls(**arguments)
-        module.load_state_dict(module_state(state), strict=strict)
+        module.load_state_dict(state["module"], strict=strict)
         return module
 
     # ------------------------------------------------------------------ conveniences

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchplug import checkpoint, loop
+from torchplug import checkpoint, loop, state
 from torchplug.blame import add_note
 from torchplug.data import move
 from torchplug.hookspecs import Hooks, hookimpl
@@ -154,7 +154,7 @@ class Operations:
 
     def state_of(self, run: Run) -> dict[str, Any]:
         """What a checkpoint of ``run`` holds."""
-        return checkpoint.collect(run)
+        return state.collect(run)
 
     @hookimpl
     def load_checkpoint(self, run: Run, path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from torchplug.blame import add_note
-from torchplug.checkpoint import versions
+from torchplug.state import versions
 from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
 from torchplug.loop import update
 from torchplug.module import Module, check_names, defines

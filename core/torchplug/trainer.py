@@ -291,7 +291,7 @@ class Trainer(Settings):
         if logged:
             hooks.log_hyperparameters(run, checkpoint.plain(logged, "hyperparameters"))
         if path is not None:
-            run.module.load_state_dict(checkpoint.module_state(hooks.load_checkpoint(run, path)))
+            run.module.load_state_dict(hooks.load_checkpoint(run, path)["module"])
             hooks.on_checkpoint_loaded(run, path)
         return main(run, hooks)
 
