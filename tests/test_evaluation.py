@@ -188,7 +188,7 @@ def test_a_checkpoint_can_be_asked_for_by_path_and_into_another_module(kind: Any
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_a_name_without_a_checkpoint_is_an_error_that_asks_for_the_plugin(which: str, tiny: Any, trainer: Any) -> None:
     with pytest.raises(
-        ValueError, match=rf"ckpt_path='{which}': no checkpoint was written by this trainer; is the checkpoint plugin enabled\?"
+        ValueError, match=rf"ckpt_path='{which}': no enabled plugin knows where checkpoints are; enable 'checkpoint', or give a path"
     ):
         trainer().test(tiny(), ckpt_path=which)
 

@@ -108,7 +108,7 @@ def test_the_groups_of_test_and_predict_mirror_validation() -> None:
 def test_hooks_are_defined_in_the_order_in_which_a_fit_first_fires_them(rich: type, recorder: Any, trainer: Any) -> None:
     trainer(plugins=[recorder], num_sanity_val_steps=2, log_every_n_steps=1).fit(rich())
     fired = list(dict.fromkeys(without_sanity(recorder.names)))
-    undrawn = {*TEST, *PREDICT, *ANY_TIME, "load_checkpoint", "on_checkpoint_loaded"}
+    undrawn = {*TEST, *PREDICT, *ANY_TIME, "find_checkpoints", "load_checkpoint", "on_checkpoint_loaded"}
     assert fired == [name for name in PARAMETERS if name not in undrawn]
 
 
@@ -487,14 +487,14 @@ def test_several_validation_loaders_are_gone_through_one_after_the_other(tiny: A
     assert shown(recorder) == words(expected)
 
 
-def test_starting_from_a_file_loads_it_between_the_start_of_the_run_and_its_work(
+def test_starting_from_a_file_reads_it_first_and_puts_it_in_place_between_the_start_of_the_run_and_its_work(
     tiny: Any, trainer: Any, tmp_path: Any, make_recorder: Any
 ) -> None:
     path = _checkpoint(tiny(), trainer, tmp_path)
     recorder = make_recorder("on_run_start", "load_checkpoint", "on_checkpoint_loaded", "evaluate")
     trainer(plugins=[recorder]).test(tiny(), ckpt_path=path)
-    assert recorder.names == ["on_run_start", "load_checkpoint", "on_checkpoint_loaded", "evaluate"]
-    assert recorder.calls[1][1]["path"] == path
+    assert recorder.names == ["load_checkpoint", "on_run_start", "on_checkpoint_loaded", "evaluate"]
+    assert recorder.calls[0][1]["path"] == recorder.calls[2][1]["path"] == path
 
 
 def test_saving_and_removing_a_checkpoint_is_announced(tiny: Any, trainer: Any, tmp_path: Any, make_recorder: Any) -> None:

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 # each module imports from earlier layers alone
 LAYERS = [
-    {"blame", "data", "hookspecs", "loss", "options", "seed", "signals", "stream"},
-    {"checkpoint", "metrics", "optimizers", "schedule", "settings"},
-    {"run"},
-    {"state"},
+    {"blame", "data", "hookspecs", "loss", "options", "seed", "signals"},
+    {"checkpoint", "metrics", "optimizers", "schedule", "settings", "stream"},
+    {"run", "state"},
+    {"resume"},
     {"module"},
     {"loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},

@@ -465,6 +465,9 @@ def test_fast_dev_run_tries_everything_and_leaves_nothing_on_disk(
         def on_train_end(self, run: Any) -> None:
             (run.dir / "weights").write_text("x")
             self.path = run.save_checkpoint(run.dir / "a.safetensors")
+
+        @hookimpl
+        def on_fit_end(self) -> None:
             assert self.path.exists()
 
     trace, writer, module = Trace(), Writer(), tiny(train=8, val=8, test=8)

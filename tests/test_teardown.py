@@ -124,7 +124,10 @@ def _written(module: Any, data: Any, trainer: Any, folder: Path) -> Path:
 TORN_DOWN = ["last", "middle", "first", "module", "data"]
 
 
-@pytest.mark.parametrize("hook", PARAMETERS)
+BEFORE = ("find_checkpoints", "load_checkpoint")  # a run begins when it is known what it starts from
+
+
+@pytest.mark.parametrize("hook", [hook for hook in PARAMETERS if hook not in BEFORE])
 def test_after_an_error_in_a_hook_everybody_is_torn_down_and_that_error_is_raised(hook: str, scene: Any) -> None:
     heard: list[Any] = []
     error = Boom("in the middle")
@@ -151,7 +154,19 @@ def test_after_an_error_in_a_hook_everybody_is_torn_down_and_that_error_is_raise
         assert fit_ends == dict.fromkeys(["first", "middle", "last"], caught.value)
 
 
-@pytest.mark.parametrize("hook", sorted(OPERATIONS))
+@pytest.mark.parametrize("hook", BEFORE)
+def test_an_error_before_a_run_begins_names_the_plugin_and_nothing_is_begun(hook: str, tiny: Any, trainer: Any, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    plugin = failing(hook, "middle", heard, Boom("in the middle"))
+    path = tmp_path / "x.safetensors"
+    path.touch()
+    with pytest.raises(Boom) as caught:
+        trainer(plugins=[{"middle": plugin}]).test(tiny(), ckpt_path="last" if hook == "find_checkpoints" else path)
+    assert f"raised by plugin 'middle' in {hook}, rank 0" in caught.value.__notes__
+    assert heard == [] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("hook", sorted(OPERATIONS - set(BEFORE)))
 def test_an_error_in_a_wrapper_after_the_operation_is_no_exception_to_that(hook: str, scene: Any) -> None:
     heard: list[Any] = []
 

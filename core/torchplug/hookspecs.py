@@ -8,13 +8,14 @@ Two kinds of hook, told apart by name:
 
 An implementation names only the arguments it wants. The picture of a run::
 
+    [find_checkpoints  load_checkpoint]            when starting from a file
     launch
       setup
       setup_module
       for loader: prepare_loader
       on_run_start
       log_hyperparameters
-      [load_checkpoint  on_checkpoint_loaded]      when starting from a file
+      [on_checkpoint_loaded]                       when starting from a file
       on_fit_start
       on_sanity_start  evaluate  on_sanity_end
       on_train_start
@@ -91,6 +92,21 @@ class Hooks:
     # ------------------------------------------------------------------ the start of a run
 
     @operation
+    def find_checkpoints(self, run: Run, which: str) -> Any:
+        """When ``ckpt_path`` is "last" or "best" (``which``): where to look. The run has no directory yet.
+
+        Answer with a list of paths (``Path``, or ``str`` for a URL), the preferred one first: the first that can be loaded is
+        taken. ``None``: this plugin keeps no checkpoints; core knows of none. Since 0.1.
+        """
+
+    @operation
+    def load_checkpoint(self, run: Run, path: Path | str) -> Any:
+        """When starting from a file, before anything is set up: read it, with no other effect.
+
+        Answer with the state. ``None``: core reads a local file. Since 0.1.
+        """
+
+    @operation
     def launch(self, run: Run, main: Callable[[], Any]) -> Any:
         """Once, first of all: run ``main()`` here, or in other processes.
 
@@ -127,12 +143,8 @@ class Hooks:
     def log_hyperparameters(self, run: Run, hyperparameters: dict[str, Any]) -> None:
         """Once, after ``on_run_start``, with the ``hparams`` of module and data module if there are any. Since 0.1."""
 
-    @operation
-    def load_checkpoint(self, run: Run, path: Path) -> Any:
-        """When starting from a file: read it. Answer with the state; ``None``: core reads the file. Since 0.1."""
-
     @event
-    def on_checkpoint_loaded(self, run: Run, path: Path) -> None:
+    def on_checkpoint_loaded(self, run: Run, path: Path | str) -> None:
         """After the state of ``path`` was put in place. Since 0.1."""
 
     # ------------------------------------------------------------------ fit
@@ -292,7 +304,7 @@ class Hooks:
 
     @event
     def on_train_end(self, run: Run) -> None:
-        """Once, when training ended by itself or was stopped, not after an error. The module may be changed. Since 0.1."""
+        """Once, when training ended by itself or was stopped, not after an error or a signal. The module may be changed. Since 0.1."""
 
     @closing
     def on_fit_end(self, run: Run, exception: BaseException | None) -> None:
@@ -366,21 +378,25 @@ class Hooks:
 
     @event
     def on_stop_requested(self, run: Run, reason: str, plugin: str) -> None:
-        """When ``run.request_stop(reason)`` was called first; ``plugin`` is who called it, "" if nobody knows. Since 0.1."""
+        """When ``run.request_stop(reason)`` was called first; ``plugin`` is who called it, "" if nobody knows.
+
+        Also when a signal interrupts the run (``run.interrupted``), between two optimizer steps: a checkpoint that is asked for
+        now is the last thing that happens in training. Since 0.1.
+        """
 
     @operation
-    def save_checkpoint(self, run: Run, path: Path) -> Any:
-        """When a plugin called ``run.save_checkpoint``: write the state of the run.
+    def save_checkpoint(self, run: Run, path: Path | str, state: dict[str, Any]) -> Any:
+        """When a checkpoint is due: write ``state``, which ``run.state()`` gave. A writer may call it from a thread of its own.
 
-        Answer with the path that was written. ``None``: core writes one safetensors file. Since 0.1.
+        Answer with the path that was written. ``None``: core writes one local safetensors file. Since 0.1.
         """
 
     @event
-    def on_checkpoint_saved(self, run: Run, path: Path, metrics: dict[str, float], reason: str) -> None:
+    def on_checkpoint_saved(self, run: Run, path: Path | str, metrics: dict[str, float], reason: str) -> None:
         """After a checkpoint is complete on disk; ``reason`` says why it was kept (best, last, ...). Since 0.1."""
 
     @event
-    def on_checkpoint_removed(self, run: Run, path: Path, reason: str) -> None:
+    def on_checkpoint_removed(self, run: Run, path: Path | str, reason: str) -> None:
         """After a checkpoint was deleted by ``run.remove_checkpoint``. Since 0.1."""
 
     @event

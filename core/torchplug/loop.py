@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,10 @@ from torchplug.data import IN_WORDS, batch_size
 from torchplug.loss import LossWatch, explain_backward, loss_of
 from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
-from torchplug.seed import preserved
+from torchplug.seed import preserved, remembered
+from torchplug.signals import Interruption
+from torchplug.state import go_on
+from torchplug.stream import begin
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
@@ -45,7 +49,7 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
     try:
         result = work()
     except BaseException as error:
-        failure = error
+        failure, run.training = error, False
         blame(error, members, run.rank)
         note_place(error, run)
         if _out_of_memory(error):
@@ -68,6 +72,8 @@ def _status(run: Run, failure: BaseException | None) -> str:
         return "interrupted"
     if failure is not None:
         return "failed"
+    if run.interrupted:
+        return "interrupted"
     return "stopped" if run.stop_reason else "finished"
 
 
@@ -79,41 +85,58 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def fit(run: Run, hooks: Hooks) -> None:
-    """Trains until a limit is reached or somebody asked to stop."""
+    """Trains until a limit is reached, somebody asked to stop, or a signal came."""
     if not run.module.training:
         run.say_once(f"{type(run.module).__name__} was in eval mode and is put into train mode; freeze parts of it if that is meant")
         run.module.train()
     hooks.on_fit_start(run)
     validation, limits, watch = Validation(run), Limits(run), LossWatch(run)
-    if validation.enabled and run.options.num_sanity_val_steps:
+    if validation.enabled and run.options.num_sanity_val_steps and run.loaded is None:
         hooks.on_sanity_start(run)
-        with preserved(*run.loaders["validate"]), run.metrics.unseen():
+        with preserved(*run.loaders["validate"]), run.metrics.unseen(), suppress(Interruption):
             hooks.evaluate(run, "sanity")
         hooks.on_sanity_end(run)
     with run.metrics.open("train"):
-        run.position.stage = "train"
+        run.position.stage, run.training = "train", True
+        go_on(run)
         hooks.on_train_start(run)
+        run.settle()
         while not limits.reached():
             train_epoch(run, hooks, validation, limits, watch)
-        watch.conclude()
-        _record(run, hooks, run.metrics.step_record())
-        run.metrics.finish()  # what an epoch that was stopped in the middle had added up
-        hooks.on_train_end(run)
-        _record(run, hooks, run.metrics.record())
+        run.settle()
+        if not run.interrupted:
+            _conclude(run, hooks, watch)
+            run.ended = run.state()
+        run.training = False
     run.position.stage = ""
 
 
+def _conclude(run: Run, hooks: Hooks, watch: LossWatch) -> None:
+    """Training is over by itself."""
+    watch.conclude()
+    if run.position.batch:  # in the middle of an epoch, whose sums a run that goes on needs
+        run.metrics.freeze()
+    _record(run, hooks, run.metrics.step_record())
+    run.metrics.finish()
+    hooks.on_train_end(run)
+    _record(run, hooks, run.metrics.record())
+    run.settle()
+
+
 def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, watch: LossWatch) -> None:
-    """One epoch: its batches, the validations that fall into it, its end."""
+    """One epoch, or the rest of one: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
     every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
-    position.batch, run.exhausted, first_step = 0, False, position.step
+    run.exhausted, first_step = False, -1 if position.batch else position.step
     due: float = 0  # the micro step after which something may have to be done
-    hooks.on_train_epoch_start(run)
-    _record(run, hooks, metrics.record())  # what was logged until here belongs to training, not to a validation that records first
+    if not position.batch:
+        hooks.on_train_epoch_start(run)
+        _record(run, hooks, metrics.record())  # what was logged until here belongs to training, not to a validation that records first
     metrics.batches()
-    loader, limit = run.loaders["train"][0], run.limits["train"][0]
-    for batch in loader if limit is None else islice(loader, limit):
+    batches = run.stream.epoch(position.epoch, position.batch)
+    if position.batch and not _after_batch(run, hooks, validation, limits):  # what was still to be done when the checkpoint was written
+        return
+    for batch in batches:
         batch_idx, micro_step, step = position.batch, position.micro_step, position.step
         if accumulate > 1:
             limits.open_window(batch_idx)
@@ -127,14 +150,12 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         position.samples += size
         hooks.on_train_batch_end(run, outputs, batch, batch_idx)
         batch = outputs = None  # nothing is held while the next one is fetched
-        if micro_step < due and not run.stop_reason:
+        if micro_step < due and not run.attention:
             continue  # most batches have nothing more to do
         if position.step % every == 0 and position.step != step:
             _record(run, hooks, metrics.step_record())
-        if validation.within_epoch and validation.due_after_batch():
-            hooks.evaluate(run, "validate")
-            validation.over()
-        if run.window_ends and limits.stop():
+        run.validated = False
+        if not _after_batch(run, hooks, validation, limits):
             break
         due = min(watch.due, limits.next_due(), validation.next_due())
     else:
@@ -142,19 +163,49 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         for index, contributions in enumerate(run.contributions):
             if contributions:  # the last window was shorter than the loader's length promised
                 _end_long_window(run, hooks, index)
-    if not run.is_last_batch:
+    if run.interrupted or not run.is_last_batch:
         return
-    if validation.due_after_epoch():
-        hooks.evaluate(run, "validate")
+    if validation.due_after_epoch() and not _validated(run, hooks):
+        return
     limits.check_progress(first_step)
     metrics.finish()
-    metrics.complete = validation.happened or not validation.enabled
+    metrics.complete = metrics.validated or not validation.enabled
     for scheduler in run.epoch_schedulers:
         if (position.epoch + 1) % scheduler.frequency == 0:
             _step_scheduler(run, hooks, scheduler)
     hooks.on_train_epoch_end(run)
     _record(run, hooks, metrics.record())
-    position.epoch += 1
+    position.epoch, position.batch, run.validated = position.epoch + 1, 0, False
+    run.settle()
+
+
+def _after_batch(run: Run, hooks: Hooks, validation: Validation, limits: Limits) -> bool:
+    """What follows a batch: boundaries, and a validation if one is due. Whether training goes on in this epoch."""
+    whole = run.window_ends
+    if whole and run.attention:
+        run.settle()
+    if whole and run.interrupted:
+        return False
+    if validation.within_epoch and not run.validated and validation.due_after_batch():
+        if not _validated(run, hooks):
+            return False
+        validation.over()
+        if whole and run.attention:
+            run.settle()
+    return not (whole and limits.stop())
+
+
+def _validated(run: Run, hooks: Hooks) -> bool:
+    """Validates. A signal ends that, and no trace is left in metrics and generators: the run that goes on begins it again."""
+    undo = remembered(*run.loaders["validate"]), run.metrics.remembered()
+    try:
+        hooks.evaluate(run, "validate")
+    except Interruption:
+        for put_back in undo:
+            put_back()
+        return False
+    run.validated = run.metrics.validated = True
+    return True
 
 
 def train_batch(run: Run, batch: Any, batch_idx: int) -> Any:
@@ -188,16 +239,18 @@ def train_batch(run: Run, batch: Any, batch_idx: int) -> Any:
 def _train_in_turn(run: Run, hooks: Hooks, batch: Any, batch_idx: int) -> Any:
     """A batch in manual optimization, or for several optimizers, one after the other."""
     if not run.automatic:
-        return hooks.train_step(run, batch, batch_idx, 0)
-    outputs = []
+        outputs = hooks.train_step(run, batch, batch_idx, 0)
+        run.window_ends = run.counted == run.position.micro_step  # gradients may be added up over batches that do not step
+        return outputs
+    answers = []
     try:
         for index, optimizer in enumerate(run.optimizers):
             run.turn = index
             with only(optimizer, run.optimizers):
-                outputs.append(train_batch(run, batch, batch_idx))
+                answers.append(train_batch(run, batch, batch_idx))
     finally:
         run.turn = -1
-    return outputs
+    return answers
 
 
 def _end_long_window(run: Run, hooks: Hooks, index: int) -> None:
@@ -322,7 +375,9 @@ def _one_pass(run: Run, hooks: Hooks, stage: str, kept: list[list[Any]] | None) 
         for dataloader_idx, loader in enumerate(loaders):
             metrics.batches(dataloader_idx)
             count = 0
-            for batch in islice(loader, run.limits[stage][dataloader_idx]):
+            for batch in islice(begin(loader, run.position.epoch, run.position.micro_step), run.limits[stage][dataloader_idx]):
+                if run.attention and run.interrupted and run.work == "fit" and run.window_ends:
+                    raise Interruption
                 batch = hooks.move_batch(run, batch)
                 metrics.size = batch_size(batch)
                 on.batch_start(run, batch, count, dataloader_idx)

@@ -7,7 +7,7 @@ values at a time and on the CPU in the order in which they came, so that they eq
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -25,6 +25,7 @@ __all__ = ["Metrics", "MissingMetric", "Reading", "Results"]
 
 FOLD = 128
 REDUCTIONS = ("mean", "sum", "min", "max")
+FUNCTION = "a function"  # what a checkpoint knows of one that reduces
 
 
 class MissingMetric(KeyError):
@@ -124,6 +125,36 @@ class _Series:
         self.pending.clear()
         self.weights.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged and not yet reduced; adding it up first changes no bit of the result."""
+        if self.pending:
+            self.fold()
+        names = ("name", "on_epoch", "on_step", "last", "unsent", "touched", "total", "weight", "everything")
+        options = [*self.options[:4], self.reduce if isinstance(self.reduce, str) else FUNCTION, self.options[5]]
+        return {"options": options, "object": self.source is not None, **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> _Series:
+        """The series that a `state_dict` was taken of. Its options are a list, which equals no options of ``log``, if the next
+        ``log`` has to bring the metric object, or the function that reduces."""
+        waits = state["object"] or state["options"][4] == FUNCTION
+        series = cls(state["name"], state["options"] if waits else tuple(state["options"]), state["on_step"], state["on_epoch"])
+        for name in ("last", "unsent", "touched", "weight"):
+            setattr(series, name, state[name])
+        series.total = None if state["total"] is None else state["total"].to(device)
+        series.everything = [values.to(device) for values in state["everything"]]
+        return series
+
+    def meets(self, value: Any, options: LogOptions) -> bool:
+        """Whether ``log`` with these arguments brings what a series from a checkpoint waits for."""
+        known: Any = [*options[:4], FUNCTION if callable(options[4]) else options[4], options[5]]
+        if self.options != known:
+            return False
+        self.options, self.reduce = options, options[4]
+        if hasattr(value, "compute") and hasattr(value, "reset"):
+            self.source = value
+        return True
+
     def result(self) -> Tensor | float | None:
         """The epoch value, None if nothing was logged. Begins anew."""
         if self.source is not None:
@@ -168,12 +199,14 @@ class Metrics:
         self.position = position
         self.size = 0  # samples in the current batch
         self.complete = False  # every metric of the run had its chance: a missing one is a mistake
+        self.validated = False  # those of validation had theirs
         self.names: dict[str, None] = {}  # whatever was recorded, in order of appearance
         self._published: dict[str, _Published] = {}
         self._unsent: dict[str, None] = {}
         self._serial = 0
         self._pass = _Pass("")
         self._series: dict[str, _Series] = {}  # of the batches that are running; empty outside of batches
+        self._frozen: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ logging
 
@@ -220,7 +253,10 @@ class Metrics:
         if not self._pass.in_batches:
             self._log_once(name, value, prog_bar, logger is not False, on_step)
             return None
-        if name in self._series:
+        there = self._series.get(name)
+        if there is not None and there.meets(value, options):
+            return there
+        if there is not None:
             raise ValueError(f"log({name!r}) was called with other arguments before; use another name, or the same arguments")
         if not callable(reduce_fx) and reduce_fx not in REDUCTIONS:
             raise ValueError(f"log({name!r}): reduce_fx must be one of {', '.join(REDUCTIONS)} or a function, got {reduce_fx!r}")
@@ -271,13 +307,38 @@ class Metrics:
         outer, size = self._pass, self.size
         self._pass = _Pass(stage, loaders=loaders)
         self._series = {}
+        whole = False
         try:
             yield
+            whole = stage != "sanity"
         finally:
-            if stage == "sanity":
+            if not whole:
                 self._forget()
             self._pass, self.size = outer, size
             self._series = outer.by_loader[outer.loader] if outer.in_batches else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All values, what the epoch has added up so far, and which of them loggers have not got yet."""
+        if self._frozen is not None:
+            return self._frozen
+        published = {name: [e.value, e.step, e.epoch, e.serial, e.prog_bar] for name, e in self._published.items()}
+        train = self._pass.by_loader[0] if self._pass.stage == "train" else {}
+        return {
+            "published": published, "unsent": list(self._unsent), "names": list(self.names), "serial": self._serial,
+            "complete": self.complete, "validated": self.validated, "series": [each.state_dict() for each in train.values()],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Puts back what `state_dict` gave; inside of the pass over the training data, its sums too."""
+        self._published = {name: _Published(*entry) for name, entry in state["published"].items()}
+        self._unsent, self.names = dict.fromkeys(state["unsent"]), dict.fromkeys(state["names"])
+        self._serial, self.complete, self.validated = state["serial"], state["complete"], state["validated"]
+        if self._pass.stage == "train":
+            self._pass.by_loader[0] = {each["name"]: _Series.of(each, device) for each in state["series"]}
+
+    def freeze(self) -> None:
+        """Training ends in the middle of an epoch: `state_dict` stays what it is now, whatever is still concluded from it."""
+        self._frozen = self.state_dict()
 
     def batches(self, loader: int = 0) -> None:
         """Batches of a loader begin: what is logged from now on is accumulated."""
@@ -328,6 +389,8 @@ class Metrics:
             name = series.named("_step", open_pass.loader, open_pass.loaders)
             value = series.source.compute() if series.source is not None else series.last
             if value is None:  # the epoch is over, and published it
+                if name not in self._published:  # a metric object that was not logged again since a resume
+                    continue
                 value = self._published[name].value
             series.unsent = False
             self._publish(name, value, False, series.logger is not False)
@@ -344,20 +407,29 @@ class Metrics:
         return dict(zip(names, values, strict=True))
 
     def _forget(self) -> None:
-        """Nothing of a sanity check stays."""
+        """Nothing of a sanity check, or of a pass that was broken off, stays."""
         for series in self._pass.by_loader:
             for each in series.values():
                 if each.source is not None:
                     each.source.reset()
 
+    def remembered(self) -> Callable[[], None]:
+        """What makes everything that is published from now on forgotten."""
+        before = dict(self._published), dict(self._unsent), dict(self.names), self._serial
+
+        def put_back() -> None:
+            self._published, self._unsent, self.names, self._serial = before
+
+        return put_back
+
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Whatever is published inside is forgotten afterwards."""
-        before = dict(self._published), dict(self._unsent), dict(self.names), self._serial
+        put_back = self.remembered()
         try:
             yield
         finally:
-            self._published, self._unsent, self.names, self._serial = before
+            put_back()
 
     # ------------------------------------------------------------------ reading
 

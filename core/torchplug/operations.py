@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchplug import checkpoint, loop, state
+from torchplug import checkpoint, loop
 from torchplug.blame import add_note
 from torchplug.data import move
 from torchplug.hookspecs import Hooks, hookimpl
@@ -148,17 +148,19 @@ class Operations:
     # ------------------------------------------------------------------ checkpoints
 
     @hookimpl
-    def save_checkpoint(self, run: Run, path: Path) -> Path:
-        checkpoint.write(path, self.state_of(run))
-        return path
-
-    def state_of(self, run: Run) -> dict[str, Any]:
-        """What a checkpoint of ``run`` holds."""
-        return state.collect(run)
+    def save_checkpoint(self, path: Path | str, state: dict[str, Any]) -> Path:
+        checkpoint.write(_local(path), state)
+        return Path(path)
 
     @hookimpl
-    def load_checkpoint(self, run: Run, path: Path) -> dict[str, Any]:
-        return checkpoint.load(path)
+    def load_checkpoint(self, path: Path | str) -> dict[str, Any]:
+        return checkpoint.load(_local(path))
+
+
+def _local(path: Path | str) -> Path:
+    if isinstance(path, Path):
+        return path
+    raise checkpoint.CheckpointError(f"{path!r} is not a local path, and no enabled plugin knows such places; enable 'checkpoint'")
 
 
 def _direct(step: Callable[..., Any]) -> Callable[..., Any]:

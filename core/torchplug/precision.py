@@ -17,6 +17,7 @@ from torchplug.operations import Operations
 from torchplug.optimizers import needs_closure
 
 if TYPE_CHECKING:
+    from torchplug.module import Module
     from torchplug.run import Run
 
 __all__ = ["Autocast", "ScaledAutocast", "Unscaling", "operations_for"]
@@ -71,13 +72,17 @@ class ScaledAutocast(Autocast):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(run.device.type)
+        self.scaler = torch.amp.GradScaler(run.device.type)
         self.updated = True  # whether the scaler let the last step through
         self.stepped: list[Optimizer] = []  # who stepped since the scale was adapted
 
     @hookimpl
+    def setup_module(self, run: Run, module: Module) -> Module:
+        self.scaler = run.scaler = torch.amp.GradScaler(run.device.type)  # the device is known now
+        return super().setup_module(run, module)
+
+    @hookimpl
     def on_fit_start(self, run: Run) -> None:
-        self.scaler = torch.amp.GradScaler(run.device.type)  # the device is known now
         for optimizer in run.optimizers:  # the public way to learn whether the scaler let the step through
             optimizer.register_step_post_hook(self._note_update)
 
@@ -111,9 +116,6 @@ class ScaledAutocast(Autocast):
         if self.stepped:
             self.scaler.update()
             self.stepped.clear()
-
-    def state_of(self, run: Run) -> dict[str, Any]:
-        return {**super().state_of(run), "scaler": self.scaler.state_dict()}
 
 
 class Unscaling:

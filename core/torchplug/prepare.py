@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from torchplug.blame import add_note
-from torchplug.state import versions
 from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
 from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
+from torchplug.state import versions
+from torchplug.stream import Stream, exact, explained
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
@@ -88,7 +90,12 @@ def prepare(run: Run, hooks: Hooks, sources: Sources) -> None:
     if run.work in ("fit", "tune"):
         _set_optimizers(run)
     for stage, loaders in run.loaders.items():
-        run.loaders[stage] = [hooks.prepare_loader(run, loader, stage, i) for i, loader in enumerate(loaders)]
+        run.loaders[stage] = [exact(hooks.prepare_loader(run, loader, stage, i)) for i, loader in enumerate(loaders)]
+    if "train" in run.loaders:
+        loader, others = run.loaders["train"][0], [each for stage, loaders in run.loaders.items() if stage != "train" for each in loaders]
+        run.stream = Stream(loader, others, run.limits["train"][0])
+        if run.work == "fit" and (inexact := explained(loader)):
+            run.say_once(inexact, logging.INFO)
 
 
 def _ask(owner: Any, method: str) -> Any:

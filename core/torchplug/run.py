@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
     from torchplug.module import Module
     from torchplug.optimizers import ManualOptimizer, Scheduler
     from torchplug.settings import Settings
+    from torchplug.state import Resumption
+    from torchplug.stream import Stream
 
-__all__ = ["Position", "Run"]
+__all__ = ["Position", "Run", "located"]
 
 logger = logging.getLogger("torchplug")
+
+
+def located(path: str | os.PathLike[str]) -> Path | str:
+    """``path`` as hooks get it: a ``Path``, or the text of a URL."""
+    return str(path) if "://" in str(path) else Path(path)
 
 
 @dataclass(slots=True)
@@ -82,8 +90,18 @@ class Run:
         contributions: losses that were added up in the current window, for each optimizer.
         closures: whether each optimizer evaluates the loss itself.
         counted: the micro step whose update was counted last.
+        scaler: the loss scaler of half precision.
+        training: whether the loop is training, so that state is whole at boundaries alone.
         stop_reason: why training was asked to stop, empty if it was not.
         stopped_by: which plugin asked, empty if none did.
+        interrupted: the signal that asked the run to end, such as "SIGTERM"; empty if none did.
+        attention: whether something has to be done at the next boundary.
+        validated: whether the validation that was due after the last batch is done.
+        resumed: the file that this run goes on from.
+        resumption: what was loaded from it, skipped, and missing.
+        stream: the training data and the place in them; a fit alone has them.
+        loaded: what of a checkpoint is still to be put in place when training begins.
+        ended: the state in which training ended, from which the next ``fit`` of the same module goes on.
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
         report: lines that are shown when the run is over, by who wrote them.
@@ -119,16 +137,28 @@ class Run:
     counted: int = -1
     stop_reason: str = ""
     stopped_by: str = ""
+    interrupted: str = ""
+    attention: bool = False
+    validated: bool = False
+    resumed: Path | str | None = None
+    resumption: Resumption | None = None
+    stream: Stream = field(init=False, repr=False)
+    loaded: dict[str, Any] | None = field(default=None, repr=False)
+    ended: dict[str, Any] | None = field(default=None, repr=False)
+    scaler: torch.amp.GradScaler | None = field(default=None, repr=False)
+    training: bool = False
     best_path: Path | None = None
     last_path: Path | None = None
     report: dict[str, str] = field(default_factory=dict)
-    plugin_states: Callable[[], dict[str, Any]] = field(default=dict, repr=False)
+    collect: Callable[[Run, bool], dict[str, Any]] = field(init=False, repr=False)
     plugins: dict[str, Any] = field(default_factory=dict)  # what is enabled: name -> object
     packages: dict[str, str] = field(default_factory=dict)  # name -> distribution and version
     hooks: Hooks = field(init=False, repr=False)
     _asking: Callable[[], str] = field(default=str, repr=False)
     _started: float = field(default_factory=time.perf_counter)
     _said: set[str] = field(default_factory=set)
+    _put_off: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+    _announced: bool = False
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.position)
@@ -140,6 +170,13 @@ class Run:
         self._started = earlier._started
         for name in ("epoch", "batch", "step", "micro_step", "samples"):
             setattr(self.position, name, getattr(earlier.position, name))
+
+    def place(self, state: dict[str, Any]) -> None:
+        """Takes over identity, position and time from a checkpoint that this run goes on from."""
+        self.id = state["run"]["id"]
+        self._started = time.perf_counter() - state["run"]["seconds"]
+        for name in ("epoch", "batch", "step", "micro_step", "samples"):
+            setattr(self.position, name, state["position"][name])
 
     @property
     def seconds(self) -> float:
@@ -183,7 +220,7 @@ class Run:
         """Asks training to end after the step that is running; ``min_epochs`` and ``min_steps`` are kept."""
         if self.stop_reason:
             return
-        self.stop_reason, self.stopped_by = reason, self._asking()
+        self.stop_reason, self.stopped_by, self.attention = reason, self._asking(), True
         self.hooks.on_stop_requested(self, reason, self.stopped_by)
 
     def log(self, name: str, value: Any, **options: Any) -> None:
@@ -202,16 +239,55 @@ class Run:
         """Hands a file to the loggers that keep files."""
         self.hooks.log_artifact(self, Path(path), name or Path(path).name)
 
-    def save_checkpoint(self, path: str | Path, reason: str = "asked for", metrics: dict[str, float] | None = None) -> Path:
-        """Writes the state of the run to ``path`` and tells everybody; returns what was written."""
-        written: Path = self.hooks.save_checkpoint(self, Path(path))
-        self.hooks.on_checkpoint_saved(self, written, metrics or {}, reason)
-        return written
+    # ------------------------------------------------------------------ boundaries and checkpoints
+
+    def at_boundary(self, call: Callable[[], Any]) -> None:
+        """Calls ``call`` as soon as the state of the run is whole: between two optimizer steps, when every plugin has handled
+        the event; at once where no training is going on."""
+        if not self.training:
+            call()
+            return
+        self._put_off.append(call)
+        self.attention = True
+
+    def settle(self) -> None:
+        """The loop is at a boundary: what was put off is done; a signal is announced first."""
+        if self.interrupted and not self._announced:
+            self._announced = True
+            self.hooks.on_stop_requested(self, self.interrupted, "")
+        while self._put_off:
+            self._put_off.pop(0)()
+        self.attention = bool(self.stop_reason or (self.interrupted and not self._announced))
+
+    def state(self, weights_only: bool = False) -> dict[str, Any]:
+        """Everything that the run can change, as nested dicts and lists of tensors and plain values; whole at a boundary alone.
+
+        The tensors are those of the run itself: write or copy them before training goes on.
+
+        Args:
+            weights_only: only what it takes to use the module: weights, hyperparameters, versions, position.
+        """
+        return self.collect(self, weights_only)
+
+    def save_checkpoint(self, path: str | Path, reason: str = "asked for", metrics: dict[str, float] | None = None) -> Path | str:
+        """Writes the state of the run to ``path`` at the next boundary, and tells everybody. Returns the path."""
+        path = located(path)
+
+        def save() -> None:
+            written = self.hooks.save_checkpoint(self, path, self.state())
+            self.hooks.on_checkpoint_saved(self, written, metrics or {}, reason)
+
+        self.at_boundary(save)
+        return path
 
     def remove_checkpoint(self, path: str | Path, reason: str) -> None:
-        """Deletes a checkpoint and tells everybody."""
-        Path(path).unlink(missing_ok=True)
-        self.hooks.on_checkpoint_removed(self, Path(path), reason)
+        """Deletes a local checkpoint, after what is still to be saved, and tells everybody."""
+
+        def remove() -> None:
+            Path(path).unlink(missing_ok=True)
+            self.hooks.on_checkpoint_removed(self, Path(path), reason)
+
+        self.at_boundary(remove)
 
     def say_once(self, text: str, level: int = logging.WARNING) -> None:
         """A line for the user, once in a run and from one process only."""

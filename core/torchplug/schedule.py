@@ -44,7 +44,7 @@ class Limits:
 
     def stop(self) -> bool:
         """Whether training ends now, between two optimizer steps."""
-        if self.position.step >= self.max_steps:
+        if self.run.interrupted or self.position.step >= self.max_steps:
             return True
         if self.timed and time.monotonic() >= self.deadline:
             self.run.request_stop(f"max_time={self.run.options.max_time} is over")
@@ -125,7 +125,6 @@ class Validation:
         options = run.options
         self.run, self.position = run, run.position
         self.enabled = bool(run.loaders.get("validate"))
-        self.happened = False
         self.epochs = options.check_val_every_n_epoch
         self.every: int | None = None  # batches
         self.seconds: float | None = None
@@ -183,7 +182,6 @@ class Validation:
         else:
             assert self.seconds is not None
             due = time.monotonic() - self.since >= self.seconds and self._this_epoch()
-        self.happened = self.happened or due
         return due
 
     def over(self) -> None:
@@ -193,9 +191,7 @@ class Validation:
 
     def due_after_epoch(self) -> bool:
         """Whether to validate when all batches of the epoch are done."""
-        due = self.enabled and not self.within_epoch and self._this_epoch()
-        self.happened = self.happened or due
-        return due
+        return self.enabled and not self.within_epoch and self._this_epoch()
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["generator_state", "preserved", "restore_generators", "seed_everything"]
+__all__ = ["generator_state", "own_generators", "preserved", "remembered", "restore_generators", "samplers_of", "seed_everything"]
 
 
 def seed_everything(seed: int) -> int:
@@ -56,22 +56,38 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _with_samplers(loader: Any) -> list[Any]:
-    """A loader and its samplers: each may have a generator of its own."""
+def samplers_of(loader: Any) -> list[Any]:
+    """The samplers of a loader, each once."""
     batches = getattr(loader, "batch_sampler", None)
-    return [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    found = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    return list({id(each): each for each in found if each is not None}.values())
+
+
+def own_generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """The generators that loaders and their samplers have of their own, each once."""
+    owners = [owner for loader in loaders for owner in (loader, *samplers_of(loader))]
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+
+
+def remembered(*loaders: Any) -> Callable[[], None]:
+    """What puts the global generators and those of ``loaders`` back to where they are now."""
+    state = generator_state()
+    states = [(generator, generator.get_state()) for generator in own_generators(loaders)]
+
+    def put_back() -> None:
+        restore_generators(state)
+        for generator, before in states:
+            generator.set_state(before)
+
+    return put_back
 
 
 @contextmanager
 def preserved(*loaders: Any) -> Iterator[None]:
     """Whatever is drawn inside, the global generators and those of ``loaders`` are afterwards as they were before."""
-    state = generator_state()
-    owners = [owner for loader in loaders for owner in _with_samplers(loader)]
-    own = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in own.values()]
+    put_back = remembered(*loaders)
     try:
         yield
     finally:
-        restore_generators(state)
-        for generator, before in states:
-            generator.set_state(before)
+        put_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from torchplug.options import above, at_least, check_fields, closest, duration
 __all__ = ["Settings"]
 
 Precision = Literal["32", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16", "bf16", 16, 32]
+SIGNALS = tuple(each.name for each in signal.Signals if each.name not in ("SIGKILL", "SIGSTOP"))
 PRECISIONS = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed", 16: "16-mixed", 32: "32"}
 
 # what older trainers called it -> what to write now
@@ -33,7 +35,7 @@ RENAMED = {
     "distributed_backend": "write strategy='ddp'",
     "default_root_dir": "write root_dir",
     "weights_save_path": "write {'checkpoint': {'dir': ...}} in plugins",
-    "resume_from_checkpoint": "give the checkpoint's path to the method: trainer.test(module, ckpt_path=...)",
+    "resume_from_checkpoint": "give the checkpoint's path to the method: trainer.fit(module, ckpt_path=...)",
     "stochastic_weight_avg": "add 'swa' to plugins",
     "track_grad_norm": "log it in on_before_optimizer_step",
     "terminate_on_nan": "write nonfinite_loss='error'",
@@ -93,6 +95,8 @@ class Settings:
         benchmark: Let cuDNN try algorithms and keep the fastest. None leaves torch's own setting.
         detect_anomaly: Find the operation that made a gradient NaN. Slow.
         nonfinite_loss: What happens when the loss stays NaN or infinite: 'error' ends the run, 'warn' says so, 'ignore'.
+        signals: Signals that end a fit after the step that is running, with a checkpoint, as 'SIGTERM' does; Ctrl-C always
+            does. The program then exits with 128 + the signal's number.
         seed: Seed every random generator with this number when the run starts.
         accelerator: 'auto' (a GPU where there is one and its plugin is installed), 'cpu', or the name of a plugin.
         devices: How many devices, or a list of their numbers, or 'auto'.
@@ -126,6 +130,7 @@ class Settings:
     benchmark: bool | None = None
     detect_anomaly: bool = False
     nonfinite_loss: Literal["error", "warn", "ignore"] = "error"
+    signals: list[str] | tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
     seed: Annotated[int | None, at_least(0)] = None
     accelerator: str = "auto"
     devices: Annotated[int, at_least(1)] | list[int] | Literal["auto"] = 1
@@ -158,6 +163,9 @@ class Settings:
             )
         if isinstance(self.seed, int) and self.seed >= 2**32:
             raise ValueError(f"seed must be below {2**32}, got {self.seed!r}")
+        for name in self.signals:
+            if name not in SIGNALS and name not in Settings.signals:  # not every system has all of them
+                raise ValueError(f"signals: there is no {name!r}{closest(str(name), SIGNALS)}; write names such as 'SIGTERM'")
         for name in ("max_time", "val_check_interval"):
             value = getattr(self, name)
             if isinstance(value, (str, timedelta, dict)):

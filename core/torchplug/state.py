@@ -4,37 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from torchplug.checkpoint import plain
-from torchplug.seed import generator_state
+from torchplug.blame import add_note
+from torchplug.checkpoint import CheckpointError, plain
+from torchplug.data import length
+from torchplug.options import closest
+from torchplug.seed import generator_state, restore_generators
 
 if TYPE_CHECKING:
     from torchplug.run import Run
 
-__all__ = ["collect", "versions"]
+__all__ = ["Choice", "Resumption", "collect", "go_on", "restore", "versions"]
+
+PARTS = ("model", "optimizer", "scheduler", "position", "data", "rng", "metrics", "plugins")
 
 
-def collect(run: Run) -> dict[str, Any]:
-    """Everything that a run can change, as nested dicts and lists of tensors and plain values."""
-    options = run.options
-    return {
+# ---------------------------------------------------------------------- out of a run
+
+
+def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
+    """The state of a run, as nested dicts and lists of tensors and plain values; the tensors are the run's own."""
+    state = {
+        "time": time.time(),
+        "kind": "weights" if weights_only else "run",
+        "emergency": "",
         "versions": {**versions(), **run.packages},
-        "run": {"id": run.id, "class": type(run.module).__qualname__},
+        "run": {"id": run.id, "class": type(run.module).__qualname__, "dir": str(run.dir.absolute()), "seconds": run.seconds},
         "position": dataclasses.asdict(run.position),
         "module": dict(run.module.state_dict()),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "optimizer_steps": list(run.optimizer_steps),
-        "schedulers": [{"scheduler": s.scheduler.state_dict(), "seen": s.seen} for s in run.schedulers],
-        "generators": generator_state(),
-        "metrics": dict(run.metrics.results()),
-        "plugins": run.plugin_states(),
         "hyperparameters": plain(run.module.hparams, "hyperparameters"),
         "hyperparameters_argument": run.module._hparams_argument,
-        "options": {"accumulate_grad_batches": options.accumulate_grad_batches, "precision": options.precision},
+    }
+    if weights_only:
+        return state
+    return {
+        **state,
+        "loop": {"validated": run.validated},
+        "optimizers": [
+            {"class": type(optimizer).__qualname__, "steps": steps, "state": optimizer.state_dict()}
+            for optimizer, steps in zip(run.optimizers, run.optimizer_steps, strict=True)
+        ],
+        "schedulers": [
+            {"class": type(each.scheduler).__qualname__, "seen": each.seen, "state": each.scheduler.state_dict()} for each in run.schedulers
+        ],
+        "scaler": None if run.scaler is None else run.scaler.state_dict(),
+        "generators": generator_state(),
+        "data": {"facts": facts(run), **run.stream.state_dict(run.position.batch)} if "train" in run.loaders else None,
+        "metrics": {"values": run.metrics.state_dict(), "objects": {path: sums(each) for path, each in metric_objects(run.module)}},
+        "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
+        "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
     }
 
 
@@ -45,3 +72,291 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # run from a checkout that is not installed
         own = "unknown"
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": own}
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What must be the same for a place in the data to mean the same."""
+    loader = run.loaders["train"][0]
+    dataset: Any = getattr(loader, "dataset", None)
+    return {
+        "accumulate_grad_batches": run.options.accumulate_grad_batches,
+        "batch size": getattr(loader, "batch_size", None),
+        "length of the data set": length(dataset) if hasattr(dataset, "__getitem__") else None,
+        "number of batches in an epoch": run.num_batches,
+    }
+
+
+def metric_objects(module: nn.Module) -> list[tuple[str, Any]]:
+    """The objects with update, compute and reset in a module, by path: what they add up is in no state dict."""
+    inside = list(module.named_modules())[1:]
+    beside = [(name, value) for name, value in vars(module).items() if not isinstance(value, nn.Module)]
+    return [(path, each) for path, each in (*inside, *beside) if all(hasattr(each, name) for name in ("update", "compute", "reset"))]
+
+
+def sums(metric: Any) -> dict[str, Any]:
+    """The tensors, lists of tensors and numbers that a metric object holds."""
+    found = {}
+    for name, value in vars(metric).items():
+        several = isinstance(value, list) and all(isinstance(part, Tensor) for part in value)
+        if isinstance(value, Tensor) or several or type(value) in (bool, int, float, type(None)):
+            found[name] = list(value) if several else value
+    return found
+
+
+# ---------------------------------------------------------------------- into a run
+
+
+class Choice:
+    """Which parts of a checkpoint are resumed: ``{"include": [...]}`` or ``{"exclude": [...]}``, and ``"strict": False``.
+
+    Args:
+        resume: what the user wrote. Parts are model, optimizer, scheduler, position, data, rng, metrics, plugins, and
+            ``plugin:NAME`` for one of them.
+
+    Raises:
+        ValueError: an unknown key or part, both kinds of list, or the place in the data without the position.
+    """
+
+    def __init__(self, resume: Mapping[str, Any] | None = None) -> None:
+        resume = dict(resume or {})
+        for key in resume:
+            if key not in ("include", "exclude", "strict"):
+                raise ValueError(f"resume has no key {key!r}; it takes include or exclude, and strict")
+        if "include" in resume and "exclude" in resume:
+            raise ValueError("resume takes include or exclude, not both")
+        self.strict = bool(resume.get("strict", True))
+        self.include = None if "include" not in resume else self._parts(resume["include"])
+        self.exclude = self._parts(resume.get("exclude", ()))
+        if self.include is not None and "position" not in self.include and self.include & {"data", "metrics"}:
+            raise ValueError("resume: data and metrics belong to a position; include it too")
+
+    @staticmethod
+    def _parts(named: Any) -> set[str]:
+        if isinstance(named, str):
+            raise ValueError(f"resume takes lists of parts, got {named!r}; write [{named!r}]")
+        for part in named:
+            if part not in PARTS and not str(part).startswith("plugin:"):
+                raise ValueError(f"resume: there is no part {part!r}{closest(str(part), PARTS)}: there are {', '.join(PARTS)}, plugin:NAME")
+        return set(named)
+
+    def __contains__(self, part: object) -> bool:
+        if part in ("data", "metrics") and "position" not in self:
+            return False
+        names = {part, "plugins"} if str(part).startswith("plugin:") else {part}
+        return not names & self.exclude and (self.include is None or bool(names & self.include))
+
+
+@dataclass
+class Resumption:
+    """What came of a resume: the parts that were put in place, left out, and not there.
+
+    Args:
+        path: the file, None where a trainer goes on with its own earlier run.
+        loaded: parts that were put in place.
+        skipped: parts of the file that were not, because of the choice or because nobody takes them.
+        missing: parts of the run that the file knows nothing of.
+    """
+
+    path: Path | str | None
+    loaded: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lists = (("loaded", self.loaded), ("skipped", self.skipped), ("missing", self.missing))
+        return "; ".join(f"{name}: {', '.join(parts)}" for name, parts in lists if parts)
+
+
+def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: Choice) -> Resumption:
+    """Puts a state into a prepared run; everything is checked before anything is changed.
+
+    Raises:
+        CheckpointError: the state is of another model, other optimizers, plugins, data or options, or lies behind the end of
+            the training; the message names the difference.
+    """
+    where = "the earlier run" if path is None else str(path)
+    _check(run, state, where, choice)
+    report = Resumption(path)
+    for part in PARTS[:-1]:
+        taken = part in choice and _put(run, state, part)
+        (report.loaded if taken else report.missing if part in choice else report.skipped).append(part)
+    for name in sorted({*state["plugins"], *_stateful(run)}):
+        part, there = f"plugin:{name}", name in state["plugins"]
+        if not there:
+            report.missing.append(part)
+        elif part not in choice or name not in _stateful(run):
+            report.skipped.append(part)
+        else:
+            _load_plugin(run, name, state["plugins"][name])
+            report.loaded.append(part)
+    run.loaded = {part: state[key] for part, key in (("rng", "generators"), ("metrics", "metrics")) if part in report.loaded}
+    return report
+
+
+def go_on(run: Run) -> None:
+    """Training begins: generators and sums are put in place once more, whatever hooks have drawn and logged on the way."""
+    loaded, run.loaded = run.loaded, None
+    if not loaded:
+        return
+    if "metrics" in loaded:
+        run.metrics.load_state_dict(loaded["metrics"]["values"], run.device)
+    if "rng" in loaded:
+        restore_generators(loaded["rng"])
+    run.stream.restore()
+
+
+def _stateful(run: Run) -> dict[str, Any]:
+    return {name: plugin for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")}
+
+
+def _load_plugin(run: Run, name: str, state: Any) -> None:
+    try:
+        run.plugins[name].load_state_dict(state)
+    except Exception as error:
+        add_note(error, f"while plugin {name!r} took its state from a checkpoint")
+        raise
+
+
+def _put(run: Run, state: Mapping[str, Any], part: str) -> bool:
+    """Puts one part in place; False if the state does not have it."""
+    if part == "model":
+        run.module.load_state_dict(state["module"])
+    elif part == "optimizer":
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved["state"])
+        run.optimizer_steps[:] = [saved["steps"] for saved in state["optimizers"]]
+        if run.scaler is not None and state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
+    elif part == "scheduler":
+        for scheduler, saved in zip(run.schedulers, state["schedulers"], strict=True):
+            scheduler.scheduler.load_state_dict(saved["state"])
+            scheduler.seen = saved["seen"]
+    elif part == "position":
+        run.validated = state["loop"]["validated"]
+    elif part == "data":
+        if state["data"] is None:
+            run.position.batch = 0
+            return False
+        run.stream.load_state_dict(state["data"])
+    elif part == "rng":
+        restore_generators(state["generators"])
+    elif part == "metrics":
+        if not state["metrics"]:
+            return False
+        run.metrics.load_state_dict(state["metrics"]["values"], run.device)
+        objects = dict(metric_objects(run.module))
+        for path, saved in state["metrics"]["objects"].items():
+            if path in objects:
+                vars(objects[path]).update(_on(run.device, saved))
+    return True
+
+
+def _on(device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
+    moved: dict[str, Any] = {}
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+        elif isinstance(value, list):
+            moved[name] = [part.to(device) for part in value]
+        else:
+            moved[name] = value
+    return moved
+
+
+# ---------------------------------------------------------------------- what must fit
+
+
+def _check(run: Run, state: Mapping[str, Any], where: str, choice: Choice) -> None:
+    if state["kind"] != "run":
+        raise CheckpointError(f"{where} holds weights only, which is not enough to resume from; load_from_checkpoint takes them")
+    if "model" in choice:
+        _check_model(run, state["module"], where)
+    if "optimizer" in choice:
+        _check_optimizers(run, state["optimizers"], where)
+    if "scheduler" in choice:
+        before, now = [each["class"] for each in state["schedulers"]], [type(each.scheduler).__qualname__ for each in run.schedulers]
+        if before != now:
+            raise CheckpointError(f"{where} has {_many(before, 'scheduler')}, configure_optimizers gives {_many(now, 'scheduler')}")
+    if "data" in choice and state["data"] is not None:
+        _check_data(run, state["data"]["facts"], where)
+    if "position" in choice:
+        _check_end(run, state["position"], where)
+    if choice.strict:
+        _check_plugins(run, state["plugins"], where, choice)
+
+
+def _many(names: list[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' * (len(names) != 1)}" + (f" ({', '.join(names)})" if names else "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_model(run: Run, saved: Mapping[str, Any], where: str) -> None:
+    own = run.module.state_dict()
+    problems = []
+    if lacking := [name for name in own if name not in saved]:
+        problems.append(f"it lacks {_some(lacking)}")
+    if unknown := [name for name in saved if name not in own]:
+        problems.append(f"the module has no {_some(unknown)}")
+    other = [
+        f"{name} is {tuple(saved[name].shape)} in the file and {tuple(value.shape)} in the module"
+        for name, value in own.items()
+        if isinstance(value, Tensor) and isinstance(saved.get(name), Tensor) and not nn.parameter.is_lazy(value)
+        if saved[name].shape != value.shape
+    ]
+    if other:
+        problems.append(_some(other))
+    if problems:
+        raise CheckpointError(f"{where} is of another model than {type(run.module).__name__}: {'; '.join(problems)}")
+
+
+def _check_optimizers(run: Run, saved: list[dict[str, Any]], where: str) -> None:
+    before, now = [each["class"] for each in saved], [type(each).__qualname__ for each in run.optimizers]
+    if before != now:
+        raise CheckpointError(
+            f"{where} has {_many(before, 'optimizer')}, configure_optimizers gives {_many(now, 'optimizer')}; "
+            "leave it out with resume={'exclude': ['optimizer', 'scheduler']} if that is meant"
+        )
+    for number, (each, optimizer) in enumerate(zip(saved, run.optimizers, strict=True)):
+        sizes = [len(group["params"]) for group in each["state"]["param_groups"]]
+        own = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != own:
+            raise CheckpointError(
+                f"{where}: optimizer {number} ({each['class']}) has {len(sizes)} parameter groups of {sizes} parameters, "
+                f"that of configure_optimizers has {len(own)} of {own}"
+            )
+
+
+def _check_data(run: Run, saved: Mapping[str, Any], where: str) -> None:
+    now = facts(run)
+    other = [f"{name} was {value}, is {now[name]}" for name, value in saved.items() if value is not None and value != now.get(name)]
+    other = [line for line in other if not line.endswith("is None")]
+    if other:
+        raise CheckpointError(
+            f"{where} was written with other data or accumulation: {'; '.join(other)}; set it back, or begin the epoch anew with "
+            "resume={'exclude': ['data']}"
+        )
+
+
+def _check_end(run: Run, saved: Mapping[str, Any], where: str) -> None:
+    options = run.options
+    begun = saved["epoch"] + (saved["batch"] > 0)
+    if options.max_epochs is not None and options.max_epochs < begun:
+        raise CheckpointError(f"{where} stands in epoch {saved['epoch']}, which max_epochs={options.max_epochs} does not reach; raise it")
+    if options.max_steps is not None and options.max_steps < saved["step"]:
+        raise CheckpointError(f"{where} stands at step {saved['step']}, which is more than max_steps={options.max_steps}; raise it")
+
+
+def _check_plugins(run: Run, saved: Mapping[str, Any], where: str, choice: Choice) -> None:
+    own = _stateful(run)
+    extra = [name for name in saved if name not in own and f"plugin:{name}" in choice]
+    lacking = [name for name in own if name not in saved and f"plugin:{name}" in choice]
+    if extra or lacking:
+        parts = [f"it has the state of {', '.join(extra)}, not enabled now"] * bool(extra)
+        parts += [f"it has no state of {', '.join(lacking)}"] * bool(lacking)
+        raise CheckpointError(
+            f"{where} was written with other plugins: {'; '.join(parts)} (then: {', '.join(saved) or 'none'}; now: "
+            f"{', '.join(own) or 'none'}); enable the same ones, or write resume={{'strict': False}}"
+        )

@@ -8,8 +8,8 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from torchplug.operations import Operations
 from torchplug.plugins import BUNDLE, GPU, build, find, installed, order
 from torchplug.precision import ScaledAutocast, Unscaling, operations_for
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
+from torchplug.resume import Start, find_start, go_on_as, put_in_place
 from torchplug.run import Run
 from torchplug.seed import seed_everything
 from torchplug.settings import Settings
+from torchplug.signals import leave, watching
+from torchplug.state import Choice, collect
 
 __all__ = ["Trainer"]
 
@@ -68,22 +71,44 @@ class Trainer(Settings):
 
     # ------------------------------------------------------------------ what a user calls
 
-    def fit(self, module: Module, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None) -> None:
-        """Trains ``module``.
+    def fit(
+        self,
+        module: Module,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Trains ``module``. Called again for the same module, with a larger ``max_epochs``, it goes on where it ended.
+
+        A run that goes on is the run that was never stopped, bit for bit. A signal (``Trainer(signals=...)``) or Ctrl-C ends it
+        after the step that is running, with a checkpoint.
 
         Args:
             module: what to train; it holds the trained parameters afterwards.
             train_dataloaders: an iterable of batches, or a data module.
             val_dataloaders: an iterable of batches, or several.
             datamodule: loaders and data in one object.
+            ckpt_path: a checkpoint to go on from: a path, "last" (the newest whole one of the earlier runs of this name; without
+                any, training starts from the beginning) or "best".
+            resume: which parts of it: {"include": [...]} or {"exclude": [...]} of model, optimizer, scheduler, position, data,
+                rng, metrics, plugins and plugin:NAME. With "strict": False a plugin may be new, or not there any more. Without
+                the position training starts from the beginning, as a new run.
 
         Raises:
             ValueError: no end was given (max_epochs, max_steps or max_time), or an option does not fit the data.
             TypeError: something that is needed is missing in the module.
+            CheckpointError: the checkpoint is damaged, or does not fit; the message says what is different.
+            SystemExit: a signal ended the run; the exit code is 128 + its number, 143 for SIGTERM.
+            KeyboardInterrupt: Ctrl-C ended it.
         """
+        if resume is not None and ckpt_path is None:
+            raise ValueError("resume says what to take from a checkpoint: give ckpt_path too")
         if self.max_epochs is None and self.max_steps is None and self.max_time is None and not self.fast_dev_run:
             raise ValueError("how long to train is not said: give Trainer max_epochs, max_steps or max_time")
-        self._do("fit", module, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, None, loop.fit)
+        loaders = {"train": train_dataloaders, "validate": val_dataloaders}
+        self._do("fit", module, loaders, datamodule, ckpt_path, loop.fit, Choice(resume))
 
     def validate(
         self, module: Module | None = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
@@ -224,6 +249,7 @@ class Trainer(Settings):
         datamodule: Any,
         ckpt_path: str | Path | None,
         main: Callable[[Run, Hooks], Any],
+        choice: Choice | None = None,
     ) -> Any:
         """One run, from the options to the report."""
         for stage, value in list(given.items()):
@@ -231,7 +257,8 @@ class Trainer(Settings):
                 datamodule, given[stage] = value, None
         if module is None and self._module is None:
             raise TypeError(f"trainer.{work} needs a module; there was no earlier run to take it from")
-        path = self._checkpoint_for(work, module, ckpt_path)
+        if ckpt_path is None and module is None and work != "fit":
+            ckpt_path = self._best_of_fit(work)
         module = module if module is not None else self._module
         check_module(module, work)
         if datamodule is not None and not is_datamodule(datamodule):
@@ -246,14 +273,17 @@ class Trainer(Settings):
         operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
         self._introduce(run, members)
         try:
-            with _torch_flags(run.options), self._directory(run):
-                result = self._launched(run, members, lambda: self._inside(run, given, path, main))
+            start = self._start(run, members, ckpt_path, choice or Choice())
+            with _torch_flags(run.options), self._directory(run), watching(run, run.options.signals) if work == "fit" else nullcontext():
+                result = self._launched(run, members, lambda: self._inside(run, given, start, main))
                 self._report(run)
         finally:
             module._run = None
             for member in members:
                 if member.failure:
                     logger.error("%s was switched off: %s", member.label, member.failure)
+        if run.interrupted:
+            leave(run.interrupted)
         return result
 
     def _launched(self, run: Run, members: list[Member], work: Callable[[], Any]) -> Any:
@@ -278,7 +308,7 @@ class Trainer(Settings):
 
         return loop.conduct(run, run.hooks, members, fail)
 
-    def _inside(self, run: Run, given: dict[str, Any], path: Path | None, main: Callable[[Run, Hooks], Any]) -> Any:
+    def _inside(self, run: Run, given: dict[str, Any], start: Start | None, main: Callable[[Run, Hooks], Any]) -> Any:
         """What happens in every process of a run between launch and tear-down."""
         hooks = run.hooks
         if run.options.seed is not None:
@@ -290,9 +320,8 @@ class Trainer(Settings):
         logged = {**getattr(run.datamodule, "hparams", {}), **(hyperparameters if run.module._hparams_logged else {})}
         if logged:
             hooks.log_hyperparameters(run, checkpoint.plain(logged, "hyperparameters"))
-        if path is not None:
-            run.module.load_state_dict(hooks.load_checkpoint(run, path)["module"])
-            hooks.on_checkpoint_loaded(run, path)
+        if start is not None:
+            put_in_place(run, start)
         return main(run, hooks)
 
     def _resolved(self) -> Settings:
@@ -312,7 +341,7 @@ class Trainer(Settings):
         plugins = [member for member in members if member.kind == "plugin"]
         run.plugins = {member.name: member.plugin for member in plugins}
         run.packages = {member.name: f"{member.distribution} {member.version}" for member in plugins if member.distribution}
-        run.plugin_states = lambda: {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")}
+        run.collect = collect
         run._asking = lambda: caller(members)
         for member in members:
             member.position = run.position
@@ -330,34 +359,43 @@ class Trainer(Settings):
             finally:
                 shutil.rmtree(run.dir, ignore_errors=True)
             return
-        if earlier is not None and run.work not in ("fit", "tune") and earlier.module is run.module:
+        own = Path(run.options.root_dir) / (run.options.name or type(run.module).__name__)
+        if run.dir != Path():  # that of the run that goes on
+            pass
+        elif earlier is not None and run.work not in ("fit", "tune") and earlier.module is run.module:
             run.go_on_from(earlier)
         else:
-            run.id, run.dir = uuid.uuid4().hex[:8], make_directory(run.options.root_dir, run.options.name or type(run.module).__name__)
+            run.id, run.dir = run.id or uuid.uuid4().hex[:8], make_directory(own.parent, own.name)
         if run.work == "fit":
             self._fitted = run
         yield
 
-    def _checkpoint_for(self, work: str, module: Module | None, ckpt_path: str | Path | None) -> Path | None:
-        """The file whose weights an evaluation uses; it is said which."""
+    def _best_of_fit(self, work: str) -> Path | str | None:
+        """The file whose weights an evaluation without a module and a path uses."""
         fitted = self._fitted
-        if ckpt_path in ("best", "last"):
-            path = getattr(fitted, f"{ckpt_path}_path", None)
-            if path is None:
-                raise ValueError(f"ckpt_path={ckpt_path!r}: no checkpoint was written by this trainer; is the checkpoint plugin enabled?")
-        elif ckpt_path is not None:
-            path = Path(ckpt_path)
-        else:
-            same = fitted is not None and module is None and work != "fit" and fitted.module is self._module
-            path = fitted.best_path if fitted is not None and same else None
-            if path is not None and not path.exists():
-                logger.warning("the best checkpoint %s is gone: %s with the present weights", path, work)
-                path = None
-        if path is not None:
-            if not path.exists():
-                raise FileNotFoundError(f"there is no checkpoint {path}")
-            logger.info("%s with the weights of %s", work, path)
+        path = fitted.best_path if fitted is not None and fitted.module is self._module else None
+        if isinstance(path, Path) and not path.exists():
+            logger.warning("the best checkpoint %s is gone: %s with the present weights", path, work)
+            return None
         return path
+
+    def _start(self, run: Run, members: list[Member], ckpt_path: str | Path | None, choice: Choice) -> Start | None:
+        """What the run starts from, read before anything else happens."""
+        fitted = self._fitted
+        try:
+            if ckpt_path is None:
+                ended = fitted.ended if fitted is not None and fitted.module is run.module and run.work == "fit" else None
+                if fitted is None or ended is None:
+                    return None
+                run.go_on_from(fitted)
+                return Start(None, ended, choice)
+            start = find_start(run, ckpt_path, choice, fitted)
+        except BaseException as error:
+            blame(error, members, run.rank)
+            raise
+        if start is not None and run.work == "fit" and "position" in choice:
+            go_on_as(run, start)
+        return start
 
     def _report(self, run: Run) -> None:
         """What a user wants to know when a run is over."""
