@@ -98,8 +98,8 @@ def fit(run: Run, hooks: Hooks) -> None:
         hooks.on_sanity_end(run)
     with run.metrics.open("train"):
         run.position.stage, run.training = "train", True
-        go_on(run)
         hooks.on_train_start(run)
+        go_on(run)
         run.settle()
         while not limits.reached():
             train_epoch(run, hooks, validation, limits, watch)
@@ -134,8 +134,10 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         _record(run, hooks, metrics.record())  # what was logged until here belongs to training, not to a validation that records first
     metrics.batches()
     batches = run.stream.epoch(position.epoch, position.batch)
-    if position.batch and not _after_batch(run, hooks, validation, limits):  # what was still to be done when the checkpoint was written
-        return
+    if position.batch:  # what was still to be done when the checkpoint was written
+        on = _after_batch(run, hooks, validation, limits)
+        if not on and (run.interrupted or not run.is_last_batch):
+            return
     for batch in batches:
         batch_idx, micro_step, step = position.batch, position.micro_step, position.step
         if accumulate > 1:

@@ -19,6 +19,7 @@ from torchplug.checkpoint import CheckpointError, plain
 from torchplug.data import length
 from torchplug.options import closest
 from torchplug.seed import generator_state, restore_generators
+from torchplug.stream import has_state
 
 if TYPE_CHECKING:
     from torchplug.run import Run
@@ -58,7 +59,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         ],
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         "generators": generator_state(),
-        "data": {"facts": facts(run), **run.stream.state_dict(run.position.batch)} if "train" in run.loaders else None,
+        "data": _data(run) if "train" in run.loaders else None,
         "metrics": {"values": run.metrics.state_dict(), "objects": {path: sums(each) for path, each in metric_objects(run.module)}},
         "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
         "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
@@ -72,6 +73,12 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # run from a checkout that is not installed
         own = "unknown"
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": own}
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """The place in the data, and what a data module remembers."""
+    own = run.datamodule.state_dict() if has_state(run.datamodule) else None
+    return {"facts": facts(run), "datamodule": own, **run.stream.state_dict(run.position.batch)}
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -174,11 +181,10 @@ def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice:
         CheckpointError: the state is of another model, other optimizers, plugins, data or options, or lies behind the end of
             the training; the message names the difference.
     """
-    where = "the earlier run" if path is None else str(path)
-    _check(run, state, where, choice)
+    _check(run, state, path, choice)
     report = Resumption(path)
     for part in PARTS[:-1]:
-        taken = part in choice and _put(run, state, part)
+        taken = part in choice and _put(run, state, part, path)
         (report.loaded if taken else report.missing if part in choice else report.skipped).append(part)
     for name in sorted({*state["plugins"], *_stateful(run)}):
         part, there = f"plugin:{name}", name in state["plugins"]
@@ -189,7 +195,11 @@ def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice:
         else:
             _load_plugin(run, name, state["plugins"][name])
             report.loaded.append(part)
-    run.loaded = {part: state[key] for part, key in (("rng", "generators"), ("metrics", "metrics")) if part in report.loaded}
+    if "position" in report.loaded:
+        run.loaded = {part: state[key] for part, key in (("rng", "generators"), ("metrics", "metrics")) if part in report.loaded}
+        if "data" not in report.loaded:  # the epoch begins anew, and so do its sums
+            run.position.batch, run.validated = 0, False
+            run.loaded.pop("metrics", None)
     return report
 
 
@@ -217,7 +227,7 @@ def _load_plugin(run: Run, name: str, state: Any) -> None:
         raise
 
 
-def _put(run: Run, state: Mapping[str, Any], part: str) -> bool:
+def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None) -> bool:
     """Puts one part in place; False if the state does not have it."""
     if part == "model":
         run.module.load_state_dict(state["module"])
@@ -234,10 +244,11 @@ def _put(run: Run, state: Mapping[str, Any], part: str) -> bool:
     elif part == "position":
         run.validated = state["loop"]["validated"]
     elif part == "data":
-        if state["data"] is None:
-            run.position.batch = 0
+        if state["data"] is None or _new_data(run, state, path):
             return False
         run.stream.load_state_dict(state["data"])
+        if state["data"]["datamodule"] is not None and has_state(run.datamodule):
+            run.datamodule.load_state_dict(state["data"]["datamodule"])
     elif part == "rng":
         restore_generators(state["generators"])
     elif part == "metrics":
@@ -245,10 +256,15 @@ def _put(run: Run, state: Mapping[str, Any], part: str) -> bool:
             return False
         run.metrics.load_state_dict(state["metrics"]["values"], run.device)
         objects = dict(metric_objects(run.module))
-        for path, saved in state["metrics"]["objects"].items():
-            if path in objects:
-                vars(objects[path]).update(_on(run.device, saved))
+        for name, saved in state["metrics"]["objects"].items():
+            if name in objects:
+                vars(objects[name]).update(_on(run.device, saved))
     return True
+
+
+def _new_data(run: Run, state: Mapping[str, Any], path: Path | str | None) -> bool:
+    """Whether a trainer goes on with its own earlier run, but with other data: between two epochs that is no mistake."""
+    return path is None and not state["position"]["batch"] and state["data"]["facts"] != facts(run)
 
 
 def _on(device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +282,8 @@ def _on(device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- what must fit
 
 
-def _check(run: Run, state: Mapping[str, Any], where: str, choice: Choice) -> None:
+def _check(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: Choice) -> None:
+    where = "the earlier run" if path is None else str(path)
     if state["kind"] != "run":
         raise CheckpointError(f"{where} holds weights only, which is not enough to resume from; load_from_checkpoint takes them")
     if "model" in choice:
@@ -277,7 +294,7 @@ def _check(run: Run, state: Mapping[str, Any], where: str, choice: Choice) -> No
         before, now = [each["class"] for each in state["schedulers"]], [type(each.scheduler).__qualname__ for each in run.schedulers]
         if before != now:
             raise CheckpointError(f"{where} has {_many(before, 'scheduler')}, configure_optimizers gives {_many(now, 'scheduler')}")
-    if "data" in choice and state["data"] is not None:
+    if "data" in choice and state["data"] is not None and not _new_data(run, state, path):
         _check_data(run, state["data"]["facts"], where)
     if "position" in choice:
         _check_end(run, state["position"], where)

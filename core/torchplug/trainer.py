@@ -388,6 +388,7 @@ class Trainer(Settings):
                 if fitted is None or ended is None:
                     return None
                 run.go_on_from(fitted)
+                run.place(ended)
                 return Start(None, ended, choice)
             start = find_start(run, ckpt_path, choice, fitted)
         except BaseException as error:
