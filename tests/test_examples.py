@@ -138,6 +138,18 @@ def own_plugin(output: str, folder: Path) -> None:
     assert number(r"validation loss ([\d.e+-]+)", output) < 0.02  # the noise in the data alone is 0.01
 
 
+@example("preemptible")
+def preemptible(output: str, folder: Path) -> None:
+    """Stopped at step 60 and started again in another folder, it ends with the same line: steps, loss, and every bit of the weights."""
+    (other := folder / "other").mkdir()
+    stopped = start(EXAMPLES / "preemptible.py", other, "--preempt-at", "60")
+    assert stopped.returncode == 143, stopped.stdout
+    assert "steps:" not in stopped.stdout
+    again = output_of("preemptible", other)
+    assert "goes on from" in again and "step 61" in again
+    assert part(r"(steps: .*)", again) == part(r"(steps: .*)", output)
+
+
 # ---------------------------------------------------------------------- more of fashion_mnist
 
 

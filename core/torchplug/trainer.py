@@ -407,7 +407,9 @@ class Trainer(Settings):
                 "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)",
                 seconds, position.epoch, position.step, position.step / seconds, position.samples / seconds,
             )  # fmt: skip
-            if run.stop_reason:
+            if run.interrupted:
+                logger.info("interrupted by %s; ckpt_path='last' goes on from here if a checkpoint was kept", run.interrupted)
+            elif run.stop_reason:
                 logger.info("stopped%s: %s", f" by {run.stopped_by}" if run.stopped_by else "", run.stop_reason)
             logger.info("metrics recorded: %s", ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step")
         elif run is not self._fitted and self._fitted is not None and run.dir == self._fitted.dir:
