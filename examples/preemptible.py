@@ -79,9 +79,8 @@ def main() -> None:
     trainer.fit(module, data, ckpt_path="last")  # starts from the beginning where there is nothing to go on from
 
     weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    print(
-        f"steps: {trainer.run.position.step}, train_loss: {trainer.metrics['train_loss']:.6f}, weights: {zlib.crc32(weights.numpy().tobytes()):08x}"
-    )
+    loss, bits = trainer.metrics["train_loss"], zlib.crc32(weights.numpy().tobytes())
+    print(f"steps: {trainer.run.position.step}, train_loss: {loss:.6f}, weights: {bits:08x}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(tmp_path):
     example, resume, plugin = blocks(ROOT / "README.md", "python")
-    code = example + resume + "\nassert trainer.run.position.epoch == 8 and trainer.run.dir.name == 'version_0', trainer.run\n" + plugin + "\nTrainer(max_epochs=3, plugins=[LossPrinter()]).fit(Line(), data)\n"
+    went_on = "\nassert trainer.run.position.epoch == 8 and trainer.run.dir.name == 'version_0', trainer.run\n"
+    code = example + resume + went_on + plugin + "\nTrainer(max_epochs=3, plugins=[LossPrinter()]).fit(Line(), data)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     printed = [line.split() for line in done.stdout.splitlines() if re.match(r"\d \d", line)]

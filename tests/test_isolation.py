@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 # each module imports from earlier layers alone
 LAYERS = [
-    {"blame", "data", "hookspecs", "loss", "options", "seed", "signals"},
+    {"blame", "data", "hookspecs", "loss", "options", "seed", "series", "signals"},
     {"checkpoint", "metrics", "optimizers", "schedule", "settings", "stream"},
-    {"run", "state"},
+    {"matching", "run"},
+    {"state"},
     {"resume"},
     {"module"},
     {"loop", "members"},

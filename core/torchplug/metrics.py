@@ -7,7 +7,7 @@ values at a time and on the CPU in the order in which they came, so that they eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from torchplug.options import closest
+from torchplug.series import FOLD, LogOptions, Series, read
 
 if TYPE_CHECKING:
     from torchplug.run import Position
 
 __all__ = ["Metrics", "MissingMetric", "Reading", "Results"]
 
-FOLD = 128
 REDUCTIONS = ("mean", "sum", "min", "max")
-FUNCTION = "a function"  # what a checkpoint knows of one that reduces
 
 
 class MissingMetric(KeyError):
@@ -69,112 +68,6 @@ class _Published:
     prog_bar: bool
 
 
-LogOptions = tuple[bool, bool | None, bool | None, bool | None, Any, bool]
-"""prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx"""
-
-
-class _Series:
-    """One logged name during one pass over the data."""
-
-    __slots__ = (
-        "everything", "fork", "last", "logger", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
-        "reduce", "source", "total", "touched", "unsent", "weight", "weights",
-    )  # fmt: skip
-
-    def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
-        self.name, self.options, self.on_step, self.on_epoch = name, options, on_step, on_epoch
-        self.prog_bar, self.logger, self.reduce = options[0], options[1], options[4]
-        self.fork = on_step and on_epoch
-        self.last: Any = None
-        self.unsent = False  # whether there is a step value that no logger got
-        self.touched = False  # whether a metric object was logged since it was computed
-        self.pending: list[Any] = []
-        self.weights: list[int] = []
-        self.total: Tensor | None = None
-        self.weight = 0
-        self.everything: list[Tensor] = []
-        self.source: Any = None  # an object with update / compute / reset
-
-    def named(self, kind: str, loader: int, loaders: int) -> str:
-        """The name under which a value is published: with its kind if there are two, and its loader if there are several."""
-        name = self.name + (kind if self.fork else "")
-        return f"{name}/dataloader_idx_{loader}" if loaders > 1 and self.options[5] else name
-
-    def fold(self) -> None:
-        """Adds the pending values to the total."""
-        try:
-            values = torch.stack(self.pending).flatten()
-        except (TypeError, RuntimeError):  # numbers among the tensors, or several shapes, types or devices
-            tensors = [_tensor(value) for value in self.pending]
-            values = torch.stack([_wide(tensor.to(tensors[-1].device)) for tensor in tensors])
-        values = _wide(values)
-        if callable(self.reduce):
-            self.everything.append(values)
-        elif self.reduce in ("min", "max"):
-            if self.total is not None:
-                values = torch.cat((self.total.view(1), values))
-            self.total = values.min() if self.reduce == "min" else values.max()
-        else:
-            if self.reduce == "mean":
-                values = values * torch.tensor(self.weights, dtype=values.dtype, device=values.device)
-                self.weight += sum(self.weights)
-            if self.total is not None:
-                values = torch.cat((self.total.view(1), values))
-            # cumsum adds in order on the CPU; elsewhere it is not deterministic, and sum is
-            self.total = values.cumsum(0)[-1] if values.device.type == "cpu" else values.sum()
-        self.pending.clear()
-        self.weights.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was logged and not yet reduced; adding it up first changes no bit of the result."""
-        if self.pending:
-            self.fold()
-        names = ("name", "on_epoch", "on_step", "last", "unsent", "touched", "total", "weight", "everything")
-        options = [*self.options[:4], self.reduce if isinstance(self.reduce, str) else FUNCTION, self.options[5]]
-        return {"options": options, "object": self.source is not None, **{name: getattr(self, name) for name in names}}
-
-    @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device) -> _Series:
-        """The series that a `state_dict` was taken of. Its options are a list, which equals no options of ``log``, if the next
-        ``log`` has to bring the metric object, or the function that reduces."""
-        waits = state["object"] or state["options"][4] == FUNCTION
-        series = cls(state["name"], state["options"] if waits else tuple(state["options"]), state["on_step"], state["on_epoch"])
-        for name in ("last", "unsent", "touched", "weight"):
-            setattr(series, name, state[name])
-        series.total = None if state["total"] is None else state["total"].to(device)
-        series.everything = [values.to(device) for values in state["everything"]]
-        return series
-
-    def meets(self, value: Any, options: LogOptions) -> bool:
-        """Whether ``log`` with these arguments brings what a series from a checkpoint waits for."""
-        known: Any = [*options[:4], FUNCTION if callable(options[4]) else options[4], options[5]]
-        if self.options != known:
-            return False
-        self.options, self.reduce = options, options[4]
-        if hasattr(value, "compute") and hasattr(value, "reset"):
-            self.source = value
-        return True
-
-    def result(self) -> Tensor | float | None:
-        """The epoch value, None if nothing was logged. Begins anew."""
-        if self.source is not None:
-            if not self.touched:
-                return None
-            self.touched = False
-            value: Any = self.source.compute()
-            self.source.reset()
-            return value.detach() if isinstance(value, Tensor) else float(value)
-        if self.pending:
-            self.fold()
-        total, weight, everything = self.total, self.weight, self.everything
-        self.total, self.weight, self.everything = None, 0, []
-        if callable(self.reduce):
-            return self.reduce(torch.cat(everything)) if everything else None
-        if total is None:
-            return None
-        return total / weight if self.reduce == "mean" else total
-
-
 @dataclass
 class _Pass:
     """What is logged during one pass over the data of a stage."""
@@ -183,7 +76,7 @@ class _Pass:
     in_batches: bool = False  # between the first and the last batch: what is logged then is accumulated
     loader: int = 0
     loaders: int = 1
-    by_loader: list[dict[str, _Series]] = field(default_factory=list)
+    by_loader: list[dict[str, Series]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_loader = [{} for _ in range(self.loaders)]
@@ -205,7 +98,7 @@ class Metrics:
         self._unsent: dict[str, None] = {}
         self._serial = 0
         self._pass = _Pass("")
-        self._series: dict[str, _Series] = {}  # of the batches that are running; empty outside of batches
+        self._series: dict[str, Series] = {}  # of the batches that are running; empty outside of batches
         self._frozen: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ logging
@@ -245,7 +138,7 @@ class Metrics:
         if type(batch_size) is not int or batch_size < 0:
             raise ValueError(f"log({name!r}): batch_size must be an int from 0 on, got {batch_size!r}")
 
-    def _declare(self, name: str, value: Any, options: LogOptions) -> _Series | None:
+    def _declare(self, name: str, value: Any, options: LogOptions) -> Series | None:
         """The first ``log`` of a name: its arguments are checked once. None for a value that was dealt with at once."""
         prog_bar, logger, on_step, on_epoch, reduce_fx, _ = options
         if not isinstance(name, str) or not name:
@@ -265,7 +158,7 @@ class Metrics:
         on_epoch = (not training) if on_epoch is None else on_epoch
         if not on_step and not on_epoch:
             raise ValueError(f"log({name!r}): on_step and on_epoch are both False, so nothing would be recorded")
-        series = _Series(name, options, on_step, on_epoch)
+        series = Series(name, options, on_step, on_epoch)
         if hasattr(value, "compute") and hasattr(value, "reset"):
             series.source = value
         self._series[name] = series
@@ -334,7 +227,7 @@ class Metrics:
         self._unsent, self.names = dict.fromkeys(state["unsent"]), dict.fromkeys(state["names"])
         self._serial, self.complete, self.validated = state["serial"], state["complete"], state["validated"]
         if self._pass.stage == "train":
-            self._pass.by_loader[0] = {each["name"]: _Series.of(each, device) for each in state["series"]}
+            self._pass.by_loader[0] = {each["name"]: Series.of(each, device) for each in state["series"]}
 
     def freeze(self) -> None:
         """Training ends in the middle of an epoch: `state_dict` stays what it is now, whatever is still concluded from it."""
@@ -475,26 +368,3 @@ class Metrics:
             if entry.prog_bar:
                 values.setdefault(name, entry.value)
         return dict(zip(values, read(list(values.values())), strict=True))
-
-
-def _tensor(value: Any) -> Tensor:
-    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in the widest floating-point type that its device has."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-def read(values: Sequence[Tensor | float]) -> list[float]:
-    """Numbers as floats; tensors of one device come back in one transfer."""
-    result = [value if isinstance(value, Tensor) else float(value) for value in values]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(result):
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(i)
-    for places in by_device.values():
-        numbers = torch.stack([_wide(_tensor(result[i]).detach()) for i in places]).tolist()
-        for i, number in zip(places, numbers, strict=True):
-            result[i] = number
-    return result  # type: ignore[return-value]

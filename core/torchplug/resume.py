@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchplug.checkpoint import CheckpointError
+from torchplug.matching import Choice
 from torchplug.run import located
-from torchplug.state import Choice, restore
+from torchplug.state import restore
 
 if TYPE_CHECKING:
     from torchplug.run import Run

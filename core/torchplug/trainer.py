@@ -20,6 +20,7 @@ from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
 from torchplug.dispatch import dispatch, register
 from torchplug.hookspecs import Hooks
+from torchplug.matching import Choice
 from torchplug.members import Member, PluginError
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
@@ -32,7 +33,7 @@ from torchplug.run import Run
 from torchplug.seed import seed_everything
 from torchplug.settings import Settings
 from torchplug.signals import leave, watching
-from torchplug.state import Choice, collect
+from torchplug.state import collect
 
 __all__ = ["Trainer"]
 
