@@ -15,7 +15,7 @@ from torchplug.options import closest
 if TYPE_CHECKING:
     from torchplug.run import Run
 
-__all__ = ["PARTS", "Choice", "check", "facts", "new_data", "stateful"]
+__all__ = ["PARTS", "Choice", "check", "check_model", "facts", "new_data", "stateful"]
 
 PARTS = ("model", "optimizer", "scheduler", "position", "data", "rng", "metrics", "plugins")
 
@@ -92,7 +92,7 @@ def check(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: C
     if state["kind"] != "run":
         raise CheckpointError(f"{where} holds weights only, which is not enough to resume from; load_from_checkpoint takes them")
     if "model" in choice:
-        _check_model(run, state["module"], where)
+        check_model(run, state["module"], where)
     if "optimizer" in choice:
         _check_optimizers(run, state["optimizers"], where)
     if "scheduler" in choice:
@@ -115,7 +115,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_model(run: Run, saved: Mapping[str, Any], where: str) -> None:
+def check_model(run: Run, saved: Mapping[str, Any], where: str) -> None:
+    """Refuses the weights of another model.
+
+    Raises:
+        CheckpointError: names or shapes are different.
+    """
     own = run.module.state_dict()
     problems = []
     if lacking := [name for name in own if name not in saved]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchplug.checkpoint import CheckpointError
-from torchplug.matching import Choice
+from torchplug.matching import Choice, check_model
 from torchplug.run import located
 from torchplug.state import restore
 
@@ -99,6 +99,7 @@ def go_on_as(run: Run, start: Start) -> None:
 def put_in_place(run: Run, start: Start) -> None:
     """Puts a state into a prepared run and tells everybody."""
     if run.work != "fit":
+        check_model(run, start.state["module"], str(start.path))
         run.module.load_state_dict(start.state["module"])
         logger.info("%s with the weights of %s", run.work, start.path)
     else:
