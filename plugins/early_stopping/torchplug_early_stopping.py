@@ -19,6 +19,9 @@ class EarlyStopping:
     means wait. A value that is NaN or infinite is never an improvement and uses up no patience; `check_finite` says
     whether it ends the run. A metric that nobody logs is an error as soon as every metric had its chance.
 
+    A run that goes on from a checkpoint and had been asked to stop is asked again before it trains, for as long as the value
+    that was the reason still is one: with a larger patience, other thresholds or without check_finite it may go on.
+
     Args:
         monitor: Name of the metric to watch, as it was logged.
         mode: Which values are better: 'min' for lower ones (a loss), 'max' for higher ones (an accuracy).
@@ -50,7 +53,7 @@ class EarlyStopping:
     wait: int = field(init=False, default=0)
     _best_step: int = field(init=False, default=0, repr=False)
     _seen: int = field(init=False, default=-1, repr=False)  # serial of the last reading
-    _asked: bool = field(init=False, default=False, repr=False)  # for a stop, in this run
+    _cause: tuple[float, int] = field(init=False, default=(0.0, 0), repr=False)  # value and wait for which it was asked to stop
 
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str) or not self.monitor:
@@ -77,7 +80,12 @@ class EarlyStopping:
     def setup(self, stage: str) -> None:
         if stage == "fit":  # the instance may have been in a run before
             self.reason, self.stopped_step, self.best_score, self.wait = "", 0, None, 0
-            self._best_step, self._seen, self._asked = 0, -1, False
+            self._best_step, self._seen, self._cause = 0, -1, (0.0, 0)
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        if self.reason:  # of the run that is resumed
+            run.request_stop(self.reason)
 
     @hookimpl
     def on_validation_end(self, run: Run) -> None:
@@ -99,18 +107,28 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
+        value, wait = self._cause
         return {
+            "monitor": self.monitor,
+            "mode": self.mode,
             "reason": self.reason,
             "stopped_step": self.stopped_step,
+            "stopped_value": value,
+            "stopped_wait": wait,
             "best_score": self.best_score,
             "best_step": self._best_step,
             "wait": self.wait,
+            "seen": self._seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        self.reason, self.stopped_step = state["reason"], state["stopped_step"]
-        self.best_score, self._best_step, self.wait = state["best_score"], state["best_step"], state["wait"]
+        """Puts back what `state_dict` gave. Values of another monitor or mode say nothing: then it begins anew."""
+        if (state["monitor"], state["mode"]) != (self.monitor, self.mode):
+            return
+        self.best_score, self._best_step, self.wait, self._seen = state["best_score"], state["best_step"], state["wait"], state["seen"]
+        self._cause = state["stopped_value"], state["stopped_wait"]
+        still = bool(state["reason"] and self._why(*self._cause))  # the options may say otherwise by now
+        self.reason, self.stopped_step = (state["reason"], state["stopped_step"]) if still else ("", 0)
 
     # ------------------------------------------------------------------ what a value means
 
@@ -120,47 +138,37 @@ class EarlyStopping:
         if reading is None:
             return
         self._seen = reading.serial
-        if math.isfinite(reading.value):
-            self._judge(run, reading.value, reading.step)
-        elif self.check_finite:
-            self._stop(
-                run,
-                f"{self.monitor} is {reading.value} at step {reading.step}, best {self._best()} "
-                "(write check_finite=False to pass over such values)",
-            )
+        value = reading.value
+        if math.isfinite(value):
+            if self.best_score is None or self._better(value, self.best_score, self.min_delta):
+                self.best_score, self._best_step, self.wait = value, reading.step, 0
+            else:
+                self.wait += 1
+        reason = self._why(value, self.wait, f" at step {reading.step}")
+        if reason and not self.reason:  # what follows while the run waits for min_epochs or min_steps changes nothing
+            self.reason, self.stopped_step, self._cause = reason, run.position.step, (value, self.wait)
+            run.request_stop(reason)
 
-    def _judge(self, run: Run, value: float, step: int) -> None:
-        """Compares a finite value with the best one and with the thresholds."""
-        if self.best_score is None or self._better(value, self.best_score, self.min_delta):
-            self.best_score, self._best_step, self.wait = value, step, 0
-        else:
-            self.wait += 1
-        now = f"{value:.6g} at step {step}"
+    def _why(self, value: float, wait: int, where: str = "") -> str:
+        """The reason to stop at a value after ``wait`` ones that did not improve; empty if there is none."""
+        best = "none" if self.best_score is None else f"{self.best_score:.6g} at step {self._best_step}"
+        if not math.isfinite(value):
+            said = f"{self.monitor} is {value}{where}, best {best} (write check_finite=False to pass over such values)"
+            return said if self.check_finite else ""
+        now = f"{value:.6g}{where}"
         good, bad = self.stopping_threshold, self.divergence_threshold
         if good is not None and not self._better(good, value):
-            self._stop(run, f"{self.monitor} reached stopping_threshold={good:g}: {now}")
-        elif bad is not None and not self._better(value, bad):
-            self._stop(run, f"{self.monitor} reached divergence_threshold={bad:g}: {now}, best {self._best()}")
-        elif self.wait and self.wait >= self.patience:
-            self._stop(
-                run,
-                f"{self.monitor} did not improve for {self.wait} value{'s' * (self.wait > 1)} in a row: {now}, best {self._best()} "
-                f"(patience={self.patience} values)",
-            )
+            return f"{self.monitor} reached stopping_threshold={good:g}: {now}"
+        if bad is not None and not self._better(value, bad):
+            return f"{self.monitor} reached divergence_threshold={bad:g}: {now}, best {best}"
+        if wait and wait >= self.patience:
+            values = f"{wait} value{'s' * (wait > 1)}"
+            return f"{self.monitor} did not improve for {values} in a row: {now}, best {best} (patience={self.patience} values)"
+        return ""
 
     def _better(self, value: float, other: float, by: float = 0.0) -> bool:
         """Whether ``value`` is better than ``other`` by more than ``by``."""
         return other - value > by if self.mode == "min" else value - other > by
-
-    def _best(self) -> str:
-        return "none" if self.best_score is None else f"{self.best_score:.6g} at step {self._best_step}"
-
-    def _stop(self, run: Run, reason: str) -> None:
-        """Asks once; what follows while the run waits for min_epochs or min_steps changes nothing."""
-        if self._asked:
-            return
-        self._asked, self.reason, self.stopped_step = True, reason, run.position.step
-        run.request_stop(reason)
 
 
 def _is_finite(value: Any) -> bool:

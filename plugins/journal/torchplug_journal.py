@@ -11,6 +11,9 @@ A line holds
 Numbers that are not finite are written ``NaN``, ``Infinity`` and ``-Infinity``: Python's ``json`` reads them back, stricter
 readers may not. All lines are ASCII. Each one is handed to the system when it is written, so that a process that is killed
 loses nothing that was recorded.
+
+A run that is resumed has one timeline: its checkpoint says how many records there were, what a process that is gone wrote
+behind them moves to ``journal.abandoned.jsonl``, and the run goes on from there.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ import os
 import platform
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +47,8 @@ LARGEST = 1000  # elements of an array that are written out
 class Journal:
     """Writes down metrics and events of a run as JSON lines in ``journal.jsonl``.
 
-    A run that goes on in the same folder (a test after a fit) goes on in the same file.
+    A run that goes on in the same folder (a test after a fit) goes on in the same file. One that goes on from a checkpoint goes
+    on behind the records of its moment; what stood there is moved to ``journal.abandoned.jsonl``.
 
     Args:
         dir: Folder of journal.jsonl. None: the directory of the run.
@@ -55,6 +61,10 @@ class Journal:
 
     _file: BinaryIO | None = field(init=False, default=None, repr=False)
     _next: int = field(init=False, default=0, repr=False)
+    _time: float = field(init=False, default=0.0, repr=False)  # of the last record
+    _before: int = field(init=False, default=0, repr=False)  # records that this run found
+    _back: dict[str, Any] | None = field(init=False, default=None, repr=False)  # the state to go back to
+    _validating: dict[str, Any] | None = field(init=False, default=None, repr=False)  # the state when the validation began
     _ended: Run | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,9 +78,11 @@ class Journal:
         if run.rank != 0:
             return
         file = self._file or self._open(run)
-        where = run.position
+        if self._back is not None:
+            self._go_back(run, file)
+        where, self._time = run.position, time.time()
         record = {
-            "n": self._next, "event": event, "time": time.time(), "stage": where.stage, "epoch": where.epoch, "batch": where.batch,
+            "n": self._next, "event": event, "time": self._time, "stage": where.stage, "epoch": where.epoch, "batch": where.batch,
             "step": where.step, "samples": where.samples, **values,
         }  # fmt: skip
         file.write(json.dumps(_plain(record)).encode() + b"\n")
@@ -85,12 +97,45 @@ class Journal:
         file = self._file = open(folder / "journal.jsonl", "ab+")  # noqa: SIM115
         self._next, end = _whole_lines(file)
         file.truncate(end)
+        self._before, self._back, self._validating = self._next, None, None
         return file
+
+    def _go_back(self, run: Run, file: BinaryIO) -> None:
+        """Takes out what stands behind the records of a checkpoint and was there when this run opened the file."""
+        state, self._back = self._back, None
+        assert state is not None
+        n = state["n"]
+        if run.resumed is None or not 0 < n < self._before:  # nothing was broken off, or the file is not where it was
+            return
+        file.seek(0)
+        last = deque(islice(file, n), maxlen=1).pop()
+        if json.loads(last).get("time") != state["time"]:  # the journal of something else
+            return
+        end = file.tell()
+        with open(Path(file.name).with_name("journal.abandoned.jsonl"), "ab") as abandoned:
+            abandoned.writelines(islice(file, self._before - n))
+            abandoned.flush()
+            os.fsync(abandoned.fileno())  # only then it may go
+        own = [json.loads(line) for line in file]
+        file.truncate(end)
+        file.writelines(json.dumps({**record, "n": number}).encode() + b"\n" for number, record in enumerate(own, n))
+        self._before, self._next = n, n + len(own)
 
     def _close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how many records there are, and the time of the last, by which it is known again.
+
+        A validation that is broken off does not count: the run that goes on begins it again.
+        """
+        return self._validating or {"n": self._next, "time": self._time}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` stood, with the next record: an error in a file is an error in a hook."""
+        self._back = state
 
     # ------------------------------------------------------------------ a run from start to end
 
@@ -115,7 +160,7 @@ class Journal:
         self._record(run, "log_hyperparameters", hyperparameters=hyperparameters)
 
     @hookimpl
-    def on_checkpoint_loaded(self, run: Run, path: Path) -> None:
+    def on_checkpoint_loaded(self, run: Run, path: Path | str) -> None:
         self._record(run, "on_checkpoint_loaded", path=path)
 
     @hookimpl
@@ -144,11 +189,13 @@ class Journal:
 
     @hookimpl
     def on_validation_start(self, run: Run) -> None:
+        self._validating = self.state_dict()
         self._record(run, "on_validation_start")
 
     @hookimpl
     def on_validation_end(self, run: Run) -> None:
         self._record(run, "on_validation_end")
+        self._validating = None
 
     @hookimpl
     def on_train_epoch_end(self, run: Run) -> None:
@@ -197,11 +244,11 @@ class Journal:
         self._record(run, "on_stop_requested", reason=reason, plugin=plugin)
 
     @hookimpl
-    def on_checkpoint_saved(self, run: Run, path: Path, metrics: dict[str, float], reason: str) -> None:
+    def on_checkpoint_saved(self, run: Run, path: Path | str, metrics: dict[str, float], reason: str) -> None:
         self._record(run, "on_checkpoint_saved", path=path, metrics=metrics, reason=reason)
 
     @hookimpl
-    def on_checkpoint_removed(self, run: Run, path: Path, reason: str) -> None:
+    def on_checkpoint_removed(self, run: Run, path: Path | str, reason: str) -> None:
         self._record(run, "on_checkpoint_removed", path=path, reason=reason)
 
     @hookimpl

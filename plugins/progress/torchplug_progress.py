@@ -276,11 +276,20 @@ class Progress:
         self._bars = []
 
     @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        if run.position.batch:  # a run that goes on in the middle of an epoch, which began in another
+            self._begin_epoch(run)
+
+    @hookimpl
     def on_train_epoch_start(self, run: Run) -> None:
+        self._begin_epoch(run)
+
+    def _begin_epoch(self, run: Run) -> None:
         self._conclude()
         self._bars, self._evaluated = [], {}
         bar = _Epoch(_epoch(run), first_step=run.position.step)
         bar.follow(run)
+        bar.marks[0] = (0.0, bar.done, bar.count)  # what others did tells nothing of how fast this process is
         self._open(run, bar)
 
     @hookimpl
@@ -299,6 +308,14 @@ class Progress:
             self._finish_epoch(run, f"stopped after {_batches(run.position.batch)}", f"step {run.position.step}")
         self._close()
 
+    @hookimpl
+    def on_fit_end(self, run: Run, exception: BaseException | None) -> None:
+        if self._bars and exception is None:  # a signal ended the run, perhaps in a validation
+            for inner in self._bars[1:]:
+                self._bars[0].away += perf_counter() - inner.started
+            del self._bars[1:]
+            self._finish_epoch(run, f"interrupted after {_batches(run.position.batch)}", f"step {run.position.step}")
+
     def _finish_epoch(self, run: Run, *where: str) -> None:
         """Takes time and values of an epoch; its line is written when loggers get what was computed for it."""
         if not self._bars:
@@ -306,7 +323,7 @@ class Progress:
         bar = self._bars.pop()
         bar.follow(run)
         if self._says:
-            speed = _seconds(perf_counter() - bar.started), _rate(bar.count, bar.working(), bar.unit)
+            speed = _seconds(perf_counter() - bar.started), _rate(bar.count, bar.working(), bar.unit) if bar.count else ""
             self._ended = _Ended(bar, where, {**self._of_this_epoch(run), **self._evaluated}, speed)
 
     @staticmethod

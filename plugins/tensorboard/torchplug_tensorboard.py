@@ -6,9 +6,10 @@ import io
 import math
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -30,7 +31,8 @@ class Tensorboard:
 
     Each metric is a scalar under the name it was logged with, at the optimizer step of its record. The hyperparameters are one
     row in HPARAMS, beside the last value of every metric and with how the run ended. A run that goes on in the same folder (a
-    test after a fit) adds an event file there.
+    test after a fit) adds an event file there. One that goes on from a checkpoint does so too, and what was written behind that
+    checkpoint moves to files that TensorBoard does not read, so that no point shows twice.
 
     Args:
         dir: Folder of the event files. None: tensorboard in the directory of the run.
@@ -48,6 +50,11 @@ class Tensorboard:
     before = ("*",)  # open before anybody has something to log, closed after everybody
 
     _writer: Any = field(init=False, default=None, repr=False)
+    _folder: Path = field(init=False, default=Path(), repr=False)
+    _suffix: str = field(init=False, default="", repr=False)  # of the run's event files
+    _earlier: dict[str, int] = field(init=False, default_factory=dict, repr=False)  # files of the run that other processes wrote
+    _back: dict[str, int] | None = field(init=False, default=None, repr=False)  # the files to go back to
+    _validating: dict[str, int] | None = field(init=False, default=None, repr=False)  # the files when the validation began
     _in_hparams: bool = field(init=False, default=False, repr=False)
     _ended: Run | None = field(init=False, default=None, repr=False)
 
@@ -77,7 +84,9 @@ class Tensorboard:
         if self._writer is None and run.rank == 0 and self._ended is not run:
             from torch.utils.tensorboard import SummaryWriter  # slow, and of no use to the other processes
 
-            self._writer = SummaryWriter(str(self._place(run)), flush_secs=self.flush_secs)
+            self._folder, self._suffix = self._place(run), f".{run.id}"
+            self._earlier, self._back, self._validating = self._files(), None, None
+            self._writer = SummaryWriter(str(self._folder), flush_secs=self.flush_secs, filename_suffix=self._suffix)
             self._in_hparams = False
         return self._writer
 
@@ -101,6 +110,8 @@ class Tensorboard:
     @hookimpl
     def on_fit_start(self, run: Run) -> None:
         writer = self._open(run)
+        if writer is not None and run.resumed is not None:
+            self._go_back()
         if writer is not None and self.log_graph:
             self._draw(run, writer)
 
@@ -130,8 +141,14 @@ class Tensorboard:
         self._flush()  # the record of an epoch comes after on_train_epoch_end
 
     @hookimpl
+    def on_validation_start(self) -> None:
+        if self._writer is not None:
+            self._validating = self._written()
+
+    @hookimpl
     def on_validation_end(self) -> None:
         self._flush()
+        self._validating = None
 
     @hookimpl
     def on_train_end(self) -> None:
@@ -165,6 +182,38 @@ class Tensorboard:
 
         if not _within(self.close_timeout, close):
             run.say_once(f"tensorboard: the files in {folder} were not complete after {self.close_timeout:g} s; their end may be missing")
+
+    # ------------------------------------------------------------------ a run that goes on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the event files of the run, and how many bytes of each are written.
+
+        A validation that is broken off does not count: the run that goes on begins it again.
+        """
+        return {"files": self._validating or self._written()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` stood, when the fit starts: what goes wrong with a file goes wrong in a hook."""
+        self._back = dict(state["files"])
+
+    def _written(self) -> dict[str, int]:
+        with suppress(OSError):  # a full disk fails the next record too, where it is dealt with
+            self._flush()
+        return self._files()
+
+    def _files(self) -> dict[str, int]:
+        """The event files of the run with their bytes, whichever process wrote them; those of other runs in this folder not."""
+        found = self._folder.rglob(f"*tfevents*{self._suffix}") if self._suffix else ()
+        return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in sorted(found)}
+
+    def _go_back(self) -> None:
+        """Puts aside what processes that are gone wrote after the checkpoint: the same steps come again."""
+        kept, self._back = self._back, None
+        if not kept:  # nothing was written when the checkpoint was
+            return
+        for name, size in self._earlier.items():
+            if size > kept.get(name, 0):
+                _put_aside(self._folder / name, kept.get(name, 0))
 
     # ------------------------------------------------------------------ the graph
 
@@ -204,6 +253,19 @@ def _within(seconds: float, work: Callable[[], None]) -> bool:
     if errors:
         raise errors[0]
     return not thread.is_alive()
+
+
+def _put_aside(path: Path, start: int) -> None:
+    """Moves what a file has from byte ``start`` on to one beside it whose name TensorBoard does not take for an event file's."""
+    with open(path, "rb+") as file:
+        file.seek(start)
+        with open(path.with_name(path.name.replace("tfevents", "abandoned")), "ab") as aside:
+            shutil.copyfileobj(file, aside)
+            aside.flush()
+            os.fsync(aside.fileno())  # only then it may go
+        file.truncate(start)
+    if not start:
+        path.unlink()
 
 
 def _scalars(metrics: Mapping[str, float]) -> Any:

@@ -42,9 +42,9 @@ class Scripted(Module):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(path, module, plugin, **options):
-    trainer = Trainer(**{"max_epochs": len(module.values), "root_dir": path, "plugins": [plugin], **options})
-    trainer.fit(module, BATCHES, [BATCHES])
+def fit(path, module, *plugins, ckpt_path=None, **options):
+    trainer = Trainer(**{"max_epochs": len(module.values), "root_dir": path, "plugins": list(plugins), **options})
+    trainer.fit(module, BATCHES, [BATCHES], ckpt_path=ckpt_path)
     return trainer
 
 
@@ -283,7 +283,130 @@ def test_state_goes_round_and_is_plain(tmp_path):
     other = EarlyStopping(monitor="val_loss", patience=2)
     other.load_state_dict(state)
     assert other.state_dict() == state
+    assert state["seen"] > 0
     assert (other.reason, other.stopped_step, other.best_score, other.wait) == (plugin.reason, 6, 1.0, 2)
+
+
+# ---------------------------------------------------------------------- a run that goes on from a checkpoint
+
+
+class Saves:
+    """Saves at every epoch's end, and when training is over."""
+
+    @hookimpl
+    def on_train_epoch_end(self, run):
+        run.save_checkpoint(run.dir / f"{run.position.epoch}.safetensors")
+
+    @hookimpl
+    def on_train_end(self, run):
+        run.save_checkpoint(run.dir / "end.safetensors")
+
+
+class Counts(Scripted):
+    """Goes on in its script where the run goes on."""
+
+    def on_train_start(self):
+        self.done = self.current_epoch
+
+
+def resumed(path, module, plugin, **options):
+    return fit(path.parents[2], module, plugin, name="net", ckpt_path=path, **options)
+
+
+def outcome(plugin):
+    return plugin.reason, plugin.stopped_step, plugin.best_score, plugin.wait, plugin.state_dict()
+
+
+VALUES = [3.0, 2.0, 2.5, NAN, 2.2, 1.9, 2.0, 2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("epoch", range(9))
+def test_a_run_that_goes_on_from_any_epoch_stops_where_the_other_did_and_for_the_same_reason(tmp_path, epoch):
+    def stopper():
+        return EarlyStopping(monitor="val_loss", patience=3, check_finite=False)
+
+    plugin, again = stopper(), stopper()
+    whole = fit(tmp_path / "runs", Counts(VALUES), plugin, Saves(), name="net").run
+    assert whole.position.epoch == 9
+    module = Counts(VALUES)
+    run = resumed(whole.dir / f"{epoch}.safetensors", module, again).run
+    assert (run.position.epoch, run.stop_reason) == (9, whole.stop_reason)
+    assert outcome(again) == outcome(plugin)
+
+
+def test_an_old_value_is_not_counted_again_after_a_resume(tmp_path):
+    plugin = EarlyStopping(monitor="val_loss", patience=2)
+    options = {"name": "net", "check_val_every_n_epoch": 3, "max_epochs": 5}
+    whole = fit(tmp_path / "runs", Scripted([1.0, 2.0]), EarlyStopping(monitor="val_loss", patience=2), Saves(), **options).run
+    # the second value comes in epoch 5, the first one is seen in epochs 2, 3 and 4
+    resumed(whole.dir / "2.safetensors", Scripted([2.0]), plugin, check_val_every_n_epoch=3, max_epochs=5)
+    assert (plugin.best_score, plugin.wait, plugin.reason) == (1.0, 0, "")
+
+
+def test_a_run_that_was_stopped_stops_at_once_when_it_goes_on(tmp_path):
+    whole = fit(tmp_path / "runs", Scripted([1.0, 2.0, 3.0, 0.0]), EarlyStopping(monitor="val_loss", patience=2), Saves(), name="net").run
+    assert whole.position.epoch == 3
+    plugin, module = EarlyStopping(monitor="val_loss", patience=2), Scripted([0.0])
+    run = resumed(whole.dir / "end.safetensors", module, plugin, max_epochs=9).run
+    assert (run.position.epoch, run.position.step, module.done) == (3, 6, 0)
+    assert (run.stop_reason, run.stopped_by, plugin.stopped_step) == (whole.stop_reason, "early_stopping", 6)
+
+
+def test_a_run_that_was_stopped_in_mid_epoch_stops_at_once_too(tmp_path):
+    options = {"val_check_interval": 1, "max_epochs": 9}
+    plugin = EarlyStopping(monitor="val_loss", patience=1)
+    whole = fit(tmp_path / "runs", Scripted([2.0, 1.0, 3.0, 0.0]), plugin, Saves(), name="net", **options).run
+    assert (whole.position.epoch, whole.position.batch) == (1, 1)
+    again, module = EarlyStopping(monitor="val_loss", patience=1), Scripted([0.0])
+    run = resumed(whole.dir / "end.safetensors", module, again, **options).run
+    assert (run.position.epoch, run.position.batch, module.done) == (1, 1, 0)
+    assert outcome(again) == outcome(plugin)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "otherwise"),
+    [
+        ([1.0, 2.0, 3.0], {"patience": 2}, {"patience": 4}),
+        ([3.0, 1.0], {"stopping_threshold": 2.0}, {"stopping_threshold": 0.5}),
+        ([3.0, 9.0], {"divergence_threshold": 5.0}, {"divergence_threshold": 50.0}),
+        ([3.0, NAN], {}, {"check_finite": False}),
+        ([3.0, INF], {"divergence_threshold": 5.0}, {"check_finite": False}),
+    ],
+)
+def test_options_that_make_the_reason_void_let_a_stopped_run_go_on(tmp_path, values, options, otherwise):
+    plugin = EarlyStopping(monitor="val_loss", **options)
+    whole = fit(tmp_path / "runs", Scripted(values), plugin, Saves(), name="net", max_epochs=9).run
+    assert plugin.reason and whole.position.epoch == len(values)
+    path = whole.dir / "end.safetensors"
+    same, other = EarlyStopping(monitor="val_loss", **options), EarlyStopping(monitor="val_loss", **{**options, **otherwise})
+    assert resumed(path, Scripted([0.9, 0.8]), same, max_epochs=len(values) + 2).run.position.epoch == len(values)
+    run = resumed(path, Scripted([0.9, 0.8]), other, max_epochs=len(values) + 2).run
+    assert run.position.epoch == len(values) + 2
+    assert (other.reason, other.stopped_step, other.best_score) == ("", 0, 0.8)
+
+
+def test_a_larger_patience_counts_on_from_the_values_that_did_not_improve(tmp_path):
+    whole = fit(tmp_path / "runs", Scripted([1.0, 2.0, 3.0]), EarlyStopping(monitor="val_loss", patience=2), Saves(), name="net").run
+    plugin = EarlyStopping(monitor="val_loss", patience=3)
+    run = resumed(whole.dir / "end.safetensors", Scripted([4.0, 5.0]), plugin, max_epochs=9).run
+    assert (run.position.epoch, plugin.wait, plugin.best_score) == (4, 3, 1.0)
+
+
+def test_a_request_that_waited_for_min_epochs_still_waits_and_is_not_taken_back(tmp_path):
+    values, options = [1.0, 2.0, 0.5, 0.6, 0.7, 0.1], {"min_epochs": 5, "name": "net"}
+    plugin, again = EarlyStopping(monitor="val_loss", patience=1), EarlyStopping(monitor="val_loss", patience=1)
+    whole = fit(tmp_path / "runs", Counts(values), plugin, Saves(), **options).run
+    run = resumed(whole.dir / "2.safetensors", Counts(values), again, min_epochs=5).run  # 0.5 was better, after the request
+    assert run.position.epoch == 5 and again.stopped_step == 4
+    assert outcome(again) == outcome(plugin)
+
+
+@pytest.mark.parametrize("options", [{"monitor": "other"}, {"mode": "max"}])
+def test_values_of_another_monitor_or_mode_are_not_compared(tmp_path, options):
+    whole = fit(tmp_path / "runs", Scripted([1.0, 2.0, 3.0]), EarlyStopping(monitor="val_loss", patience=2), Saves(), name="net").run
+    plugin = EarlyStopping(**{"monitor": "val_loss", **options}, patience=2)
+    run = resumed(whole.dir / "end.safetensors", Scripted([7.0, 8.0, 9.0], plugin.monitor), plugin, max_epochs=4).run
+    assert run.position.epoch == 4 and (plugin.best_score, plugin.wait, plugin.reason) == (7.0, 0, "")
 
 
 @pytest.mark.parametrize(

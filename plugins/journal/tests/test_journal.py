@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,8 +177,9 @@ class Talker:
 
     @hookimpl
     def on_train_epoch_end(self, run):
-        path = run.save_checkpoint(run.dir / "one.safetensors", reason="best", metrics={"val_loss": 0.5})
-        run.remove_checkpoint(path, reason="not the best any more")
+        path = run.dir / "one.safetensors"
+        run.save_checkpoint(path, reason="best", metrics={"val_loss": 0.5})
+        run.at_boundary(lambda: run.remove_checkpoint(path, reason="not the best any more"))
         run.log_text("note", "line\nand ünïcode")
         run.log_figure("curve", object())
         run.log_artifact(run.dir / "config.yaml")
@@ -210,7 +212,8 @@ def test_an_event_stands_before_what_others_did_because_of_it(tmp_path):
 def test_a_loaded_checkpoint_is_recorded(tmp_path):
     t = trainer(tmp_path)
     t.fit(Net(), loader())
-    path = t.run.save_checkpoint(tmp_path / "some.safetensors")
+    path = tmp_path / "some.safetensors"
+    t.run.save_checkpoint(path)
     t.test(dataloaders=loader(), ckpt_path=path)
     assert one(read(t.run.dir), "on_checkpoint_loaded")["path"] == str(path)
 
@@ -410,3 +413,210 @@ def test_an_instance_can_be_given_and_used_again(tmp_path):
         t = Trainer(max_epochs=1, root_dir=tmp_path, plugins=[journal], accelerator="cpu")
         t.fit(Net(), loader())
         assert isinstance(t.run, Run) and read(t.run.dir)[-1]["status"] == "finished"
+
+
+# ---------------------------------------------------------------------- a run that goes on from a checkpoint
+
+
+class Killed:
+    """Saves at a step, and takes a copy of the run's folder at a later one: what a process killed there leaves behind."""
+
+    def __init__(self, saved=None, killed=None, into=None):
+        self.saved, self.killed, self.into = saved, killed, into
+
+    @hookimpl
+    def on_train_batch_end(self, run):
+        if run.position.step == self.saved:
+            run.save_checkpoint(run.dir / f"{self.saved}.safetensors")
+        if run.position.step == self.killed:
+            shutil.copytree(run.dir, Path(self.into) / run.dir.parent.name / run.dir.name)
+
+
+START = ["on_run_start", "on_checkpoint_loaded", "on_fit_start", "on_train_start"]
+FIT = {"name": "net", "max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, "seed": 1}
+
+
+def fit(root, *plugins, path=None, journal=None, **options):
+    t = trainer(root, *plugins, journal=journal, **{**FIT, **options})
+    t.fit(made(), loader(), loader(), ckpt_path=path)
+    return t.run
+
+
+def made(kind=Net):
+    torch.manual_seed(1)
+    return kind()
+
+
+def happened(records):
+    """What is the same in every run, without the checkpoints that are saved on the way."""
+    changes = ("n", "time", "seconds", "path", "dir", "id", "versions", "options", "plugins")
+    kept = [{key: value for key, value in record.items() if key not in changes} for record in records]
+    return [record for record in kept if record["event"] != "on_checkpoint_saved"]
+
+
+def numbered(records):
+    return [record["n"] for record in records] == list(range(len(records)))
+
+
+@pytest.mark.parametrize(("saved", "killed"), [(1, 2), (2, 3), (2, 5), (3, 4), (4, 5), (5, 6)])
+def test_a_run_that_was_killed_and_goes_on_has_the_records_of_one_that_was_not_and_those_of_its_start(tmp_path, saved, killed):
+    whole = read(fit(tmp_path / "a", Killed(saved, killed, tmp_path / "b")).dir)
+    (folder,) = tmp_path.glob("b/*/*")
+    left = read(folder)
+    run = fit(tmp_path / "b", path=folder / f"{saved}.safetensors")
+    records, abandoned = read(run.dir), read_abandoned(run.dir)
+    assert run.dir == folder and numbered(records)
+    kept = len(left) - len(abandoned)
+    assert records[:kept] == left[:kept] and abandoned == left[kept:]
+    assert [record["event"] for record in records[kept : kept + len(START)]] == START
+    assert happened(records[:kept] + records[kept + len(START) :]) == happened(whole)
+    assert abandoned[0]["event"] == "on_checkpoint_saved"  # of the checkpoint itself, whose state was taken before
+
+
+def read_abandoned(folder):
+    return [json.loads(line) for line in (Path(folder) / "journal.abandoned.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_killed_again_and_again_has_one_timeline_and_loses_nothing(tmp_path):
+    whole = read(fit(tmp_path / "0", Killed(1, 2, tmp_path / "1")).dir)
+    seen = []
+    # goes on from, saves, is killed: the third time before it saved anything
+    for number, (start, saved, killed) in enumerate([(1, 2, 3), (2, None, 5), (2, 4, 5), (4, None, None)], start=1):
+        (folder,) = (tmp_path / str(number)).glob("*/*")
+        seen += read(folder)
+        with open(folder / "journal.jsonl", "a") as file:
+            file.write('{"n": 7, "event": "log_')  # a line that could not be finished
+        fit(tmp_path / str(number), Killed(saved, killed, tmp_path / str(number + 1)), path=folder / f"{start}.safetensors")
+    records, abandoned = read(folder), read_abandoned(folder)
+    assert numbered(records)
+    starts = [i for i, record in enumerate(records) if record["event"] == "on_run_start"][1:]
+    assert len(starts) == 3  # from 1, from 2 and from 4: the first attempt from 2 was abandoned
+    own = [record for i, record in enumerate(records) if not any(start <= i < start + len(START) for start in starts)]
+    assert happened(own) == happened(whole)
+    told = [{**record, "n": 0} for record in (*records, *abandoned)]
+    assert all({**record, "n": 0} in told for record in seen)
+
+
+def test_where_nothing_was_recorded_after_the_checkpoint_nothing_is_abandoned(tmp_path):
+    class Prompt(Killed):
+        @hookimpl
+        def on_train_batch_end(self, run):
+            if run.position.step == self.saved:
+                run.at_boundary(lambda: self.save(run))
+
+        def save(self, run):
+            run.hooks.save_checkpoint(run, run.dir / "2.safetensors", run.state())
+            shutil.copytree(run.dir, self.into / "net" / "version_0")
+
+    whole = read(fit(tmp_path / "a", Prompt(2, None, tmp_path / "b")).dir)
+    folder = tmp_path / "b" / "net" / "version_0"
+    left = read(folder)
+    fit(tmp_path / "b", path=folder / "2.safetensors")
+    records = read(folder)
+    assert happened(left + records[len(left) + len(START) :]) == happened(whole) and records[: len(left)] == left
+    assert not (folder / "journal.abandoned.jsonl").exists()
+
+
+def test_a_fit_that_goes_on_with_more_epochs_takes_nothing_out(tmp_path):
+    t, net = trainer(tmp_path, **FIT), Net()
+    t.fit(net, loader(), loader())
+    t.test(dataloaders=loader())
+    before = read(t.run.dir)
+    t.max_epochs = 3
+    t.fit(net, loader(), loader())
+    records = read(t.run.dir)
+    assert records[: len(before)] == before and len(records) > len(before) and numbered(records)
+    assert not (t.run.dir / "journal.abandoned.jsonl").exists()
+
+
+def test_a_run_that_goes_on_elsewhere_begins_a_journal_there(tmp_path):
+    run = fit(tmp_path / "a", Killed(2))
+    moved = tmp_path / "2.safetensors"
+    moved.write_bytes((run.dir / "2.safetensors").read_bytes())
+    shutil.rmtree(tmp_path / "a")
+    again = fit(tmp_path / "b", path=moved)
+    assert [record["event"] for record in read(again.dir)][: len(START)] == START
+    assert not (again.dir / "journal.abandoned.jsonl").exists()
+
+
+@pytest.mark.parametrize("other", ["journal of another run", "fewer records"])
+def test_a_journal_that_is_not_the_one_of_the_checkpoint_is_left_as_it_is(tmp_path, other):
+    run = fit(tmp_path, Killed(2))
+    folder = tmp_path / "logs"
+    if other == "fewer records":
+        folder.mkdir()
+        (folder / "journal.jsonl").write_text('{"n": 0, "event": "on_run_start"}\n')
+    else:
+        fit(tmp_path, journal={"dir": folder})
+    before = read(folder)
+    fit(tmp_path, path=run.dir / "2.safetensors", journal={"dir": folder})
+    assert read(folder)[: len(before)] == before and numbered(read(folder))
+    assert not (folder / "journal.abandoned.jsonl").exists()
+
+
+def test_a_new_run_with_the_weights_of_another_takes_nothing_out_of_its_journal(tmp_path):
+    folder = tmp_path / "logs"
+    run = fit(tmp_path, Killed(2), journal={"dir": folder})
+    before = read(folder)
+    t = trainer(tmp_path, journal={"dir": folder}, **FIT)
+    t.fit(Net(), loader(), loader(), ckpt_path=run.dir / "2.safetensors", resume={"exclude": ["position"]})
+    assert read(folder)[: len(before)] == before and not (folder / "journal.abandoned.jsonl").exists()
+
+
+def test_a_validation_that_a_signal_breaks_off_is_in_the_journal_once(tmp_path):
+    class Signalled(Net):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if self.global_step == 5 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Saves:
+        @hookimpl
+        def on_stop_requested(self, run):
+            run.save_checkpoint(run.dir / "last.safetensors")
+
+    whole = read(fit(tmp_path / "a").dir)
+    t = trainer(tmp_path / "b", Saves(), **FIT)
+    with pytest.raises(SystemExit):
+        t.fit(made(Signalled), loader(), loader())
+    left = [record["event"] for record in read(t.run.dir)]
+    assert left[-5:] == ["on_validation_start", "on_stop_requested", "on_checkpoint_saved", "on_fit_end", "on_run_end"]
+    records = read(fit(tmp_path / "b", path=t.run.dir / "last.safetensors").dir)
+    assert [record["event"] for record in read_abandoned(t.run.dir)] == left[-5:]
+    module = [{**record, "module": "Net"} if "module" in record else record for record in records]
+    kept = len(left) - 5
+    assert happened(module[:kept] + module[kept + len(START) :]) == happened(whole)
+
+
+def test_a_journal_that_cannot_be_cut_is_switched_off_and_training_goes_on(tmp_path, caplog):
+    run = fit(tmp_path, Killed(2))
+    (run.dir / "journal.abandoned.jsonl").mkdir()
+    before = (run.dir / "journal.jsonl").read_bytes()
+    again = fit(tmp_path, path=run.dir / "2.safetensors")
+    assert again.position.step == 2 * BATCHES and (run.dir / "journal.jsonl").read_bytes().startswith(before)
+    assert "plugin 'journal' (torchplug-journal 0.1.0) failed in on_checkpoint_loaded and is switched off" in caplog.text
+
+
+def test_an_instance_that_was_switched_off_begins_anew_in_the_next_run(tmp_path, monkeypatch):
+    journal = Journal()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    t = Trainer(max_epochs=1, root_dir=tmp_path, plugins=[journal], accelerator="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("torchplug_journal._plain", full)
+        t.fit(Net(), loader())
+    assert read(t.run.dir) == []
+    t.fit(Net(), loader())
+    assert t.run.dir.name == "version_1" and read(t.run.dir)[-1]["status"] == "finished"
+
+
+def test_an_instance_in_two_fits_writes_the_same_twice_and_its_state_is_plain(tmp_path):
+    journal, traces = Journal(), []
+    for _ in range(2):
+        t = Trainer(root_dir=tmp_path, plugins=[journal], accelerator="cpu", log_every_n_steps=1, **FIT)
+        t.fit(made(), loader(), loader())
+        traces.append(happened(read(t.run.dir)))
+        assert {name: type(value) for name, value in journal.state_dict().items()} == {"n": int, "time": float}
+    assert traces[0] == traces[1]

@@ -3,8 +3,10 @@
 import io
 import logging
 import math
+import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -445,6 +447,120 @@ def test_time_left_follows_the_speed_of_the_last_half_minute(plain, monkeypatch)
     plain.trainer(Progress(plain_every=10)).fit(Net(each), [BATCHES[0]] * 100)
     # after 80 batches of which the last 30 took 60 s: 20 more at 2 s each
     assert "epoch 1/1: 80/100 batches, shown 79.00, 0.5 steps/s, 0:00:40 left" in plain.text
+
+
+# ---------------------------------------------------------------------- a run that goes on from a checkpoint
+
+
+class Saves:
+    """Writes a checkpoint at a step, or at an epoch's end."""
+
+    def __init__(self, path, step=None, epoch=None):
+        self.path, self.step, self.epoch = path, step, epoch
+
+    @hookimpl
+    def on_train_batch_end(self, run):
+        if run.position.step == self.step:
+            run.save_checkpoint(self.path)
+
+    @hookimpl
+    def on_train_epoch_end(self, run):
+        if run.position.epoch == self.epoch:
+            run.save_checkpoint(self.path)
+
+
+def resumed(place, net, batches, validation=None, progress=None, **options):
+    path = place.root / "here.safetensors"
+    place.trainer(Progress(**(progress or {})), **options).fit(net, batches, validation, ckpt_path=path)
+
+
+def test_a_run_that_goes_on_in_mid_epoch_shows_the_bar_from_there_on(terminal):
+    terminal.trainer(Saves(terminal.root / "here.safetensors", step=6), max_epochs=3).fit(Training(), BATCHES)
+    resumed(terminal, Training(), BATCHES, max_epochs=3, progress={"rate": 1e9})
+    drawn = re.findall(r"(epoch \d/3) [━╸╺]+ +(\d/4) ", terminal.drawn)
+    assert list(dict.fromkeys(drawn))[:4] == [("epoch 2/3", "2/4"), ("epoch 2/3", "3/4"), ("epoch 2/3", "4/4"), ("epoch 3/3", "0/4")]
+    second, third, _ = terminal.screen
+    assert second.startswith("epoch 2/3: step 8, shown 3.000") and third.startswith("epoch 3/3: step 12, ")
+
+
+def test_a_run_that_goes_on_has_the_lines_of_the_rest_of_one_that_was_not_stopped(plain):
+    plain.trainer(Progress(), Saves(plain.root / "here.safetensors", step=6), max_epochs=3).fit(Net(), BATCHES, some(3))
+    whole = plain.lines
+    resumed(plain, Net(), BATCHES, some(3), max_epochs=3)
+    assert len(whole) == 3 and plain.lines == whole + whole[1:]
+
+
+def test_a_run_that_goes_on_from_an_epochs_end_begins_with_the_next(plain):
+    plain.trainer(Progress(), Saves(plain.root / "here.safetensors", epoch=0), max_epochs=3).fit(Net(), BATCHES, some(3))
+    whole = plain.lines
+    resumed(plain, Net(), BATCHES, some(3), max_epochs=3)
+    assert plain.lines == whole + whole[1:]
+
+
+def test_rate_and_time_left_count_the_batches_of_this_process_alone(plain, monkeypatch):
+    clock = Clock(monkeypatch)
+    batches = [BATCHES[0]] * 100
+    plain.trainer(Saves(plain.root / "here.safetensors", step=60)).fit(Training(clock.tick(1.0)), batches)
+    resumed(plain, Training(clock.tick(2.0)), batches, progress={"plain_every": 20})
+    assert plain.text.splitlines() == [
+        "epoch 1/1: 70/100 batches, shown 69.00, 0.5 steps/s, 0:01:00 left",
+        "epoch 1/1: 80/100 batches, shown 79.00, 0.5 steps/s, 0:00:40 left",
+        "epoch 1/1: 90/100 batches, shown 89.00, 0.5 steps/s, 0:00:20 left",
+        "epoch 1/1: 100/100 batches, shown 99.00, 0.5 steps/s, 0:00:00 left",
+        "epoch 1/1: step 100, shown 99.00, mean 49.50, 0:01:20, 0.5 steps/s",
+    ]
+
+
+def test_an_epoch_of_which_only_the_end_was_left_has_its_line_without_a_rate(plain):
+    plain.trainer(Saves(plain.root / "here.safetensors", step=4)).fit(Training(), BATCHES)
+    resumed(plain, Training(), BATCHES)
+    assert re.fullmatch(r"epoch 1/1: step 4, shown 3.000, mean 1.500, \d+\.\d\d s\n", plain.text)
+
+
+def test_a_fit_that_goes_on_with_more_epochs_counts_on(plain):
+    trains, net = plain.trainer(Progress(), max_epochs=1), Training()
+    trains.fit(net, BATCHES)
+    trains.max_epochs = 3
+    trains.fit(net, BATCHES)
+    assert [line.split(",")[0] for line in plain.lines] == ["epoch 1/1: step 4", "epoch 2/3: step 8", "epoch 3/3: step 12"]
+
+
+def test_a_run_that_was_stopped_and_goes_on_only_to_stop_again_says_where(plain):
+    class Stop:
+        @hookimpl
+        def on_train_start(self, run):
+            run.request_stop("enough")
+
+    plain.trainer(Saves(plain.root / "here.safetensors", step=6), max_epochs=3).fit(Training(), BATCHES)
+    plain.trainer(Progress(), Stop(), max_epochs=3).fit(Training(), BATCHES, ckpt_path=plain.root / "here.safetensors")
+    assert re.fullmatch(r"epoch 2/3: stopped after 2 batches, step 6, shown 1.000, mean 0.5000, \d+\.\d\d s\n", plain.text)
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_signal_closes_the_bars_and_says_where_it_was(terminal, where):
+    def interrupt(module, batch_idx):
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    net = Net(interrupt) if where == "training" else Net(None, interrupt)
+    with pytest.raises(SystemExit):
+        terminal.trainer(Progress(rate=1e9)).fit(net, BATCHES, some(4))
+    line, cursor = terminal.screen
+    done = 3 if where == "training" else 4
+    assert line.startswith(f"epoch 1/1: interrupted after {done} batches, step {done}, ")
+    assert cursor == "cursor shown" and sys.stderr is terminal.streams["stderr"]
+
+
+def test_the_time_of_a_validation_that_a_signal_breaks_off_is_not_training_time(plain, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def interrupt(module, batch_idx):
+        clock.now += 100.0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        plain.trainer(Progress(plain_every=1e9)).fit(Net(clock.tick(0.5), interrupt), BATCHES, some(2))
+    assert plain.text.endswith(", 0:01:42, 2 steps/s\n")
 
 
 # ---------------------------------------------------------------------- cost

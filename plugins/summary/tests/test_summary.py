@@ -322,6 +322,32 @@ def test_a_run_with_the_table_is_bitwise_the_run_without(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
+class Saves:
+    """Writes a checkpoint in mid-epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @hookimpl
+    def on_train_batch_end(self, run):
+        if run.position.step == 3:
+            run.save_checkpoint(self.path)
+
+
+def test_a_run_that_goes_on_has_the_table_too_and_is_bitwise_the_one_that_was_not_stopped(tmp_path, capsys):
+    path, weights, printed, plugin = tmp_path / "here.safetensors", [], [], Summary()
+    for plugins, start in ([Saves(path)], None), ([plugin], path), ([plugin], path):
+        torch.manual_seed(5)
+        module = Mlp()
+        module.example_input_array = torch.ones(3, 1, 28, 28)
+        loader = DataLoader(torch.randn(20, 1, 28, 28), batch_size=4, shuffle=True)
+        Trainer(max_epochs=2, plugins=plugins, root_dir=tmp_path).fit(module, loader, ckpt_path=start)
+        weights.append(module.state_dict())
+        printed.append(capsys.readouterr().err)
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+    assert not rows(printed[0]) and rows(printed[1])["l2"][4:] == ["[3, 64]", "[3, 64]"] and printed[1] == printed[2]
+
+
 def test_an_example_that_fails_leaves_shapes_out_says_why_and_training_goes_on(fit, caplog):
     module = Mlp()
     module.example_input_array = torch.ones(2, 7)

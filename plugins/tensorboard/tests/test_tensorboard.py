@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import os
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -500,3 +503,185 @@ def test_a_server_started_with_that_command_shows_one_row_with_the_last_metrics(
     finally:
         server.terminate()
         server.wait()
+
+
+# ---------------------------------------------------------------------- a run that goes on from a checkpoint
+
+
+class Killed:
+    """Saves at a step, and takes a copy of the run's folder at a later one: what a process killed there leaves behind."""
+
+    def __init__(self, saved=None, killed=None, into=None):
+        self.saved, self.killed, self.into = saved, killed, into
+
+    @hookimpl
+    def on_train_batch_end(self, run):
+        if run.position.step == self.saved:
+            run.save_checkpoint(run.dir / f"{self.saved}.safetensors")
+        if run.position.step == self.killed:
+            run.plugins["tensorboard"].experiment.flush()  # all that it may have written
+            shutil.copytree(run.dir, Path(self.into) / run.dir.parent.name / run.dir.name)
+
+
+class Rich(Net):
+    """With texts, and with histograms on an axis of their own."""
+
+    def on_train_batch_end(self):
+        self.run.log_text("note", f"step {self.global_step}")
+        board = self.run.plugins["tensorboard"].experiment
+        board.add_histogram("weights", self.layer.weight, 1000 - self.global_step)
+        board.add_scalars("pair", {"a": self.global_step, "b": 0}, self.global_step)
+
+
+FIT = {"name": "net", "max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, "seed": 1}
+
+
+def fit(root, *plugins, path=None, board=None, net=Rich, **options):
+    t = trainer(root, *plugins, board=board, **{**FIT, **options})
+    torch.manual_seed(1)
+    t.fit(net(), loader(), loader(), ckpt_path=path)
+    return t.run
+
+
+def everything(folder):
+    """Every point that TensorBoard shows, in order of its step."""
+    found = {}
+    for place in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+        events = read(place)
+        tags = events.Tags()
+        for name in tags["scalars"]:
+            found[place.name, name] = [(event.step, event.value) for event in events.Scalars(name)]
+        for name in tags["histograms"]:
+            found[place.name, name] = [(event.step, event.histogram_value) for event in events.Histograms(name)]
+        for name in tags["tensors"]:
+            if not name.startswith("_hparams_"):
+                found[place.name, name] = [(event.step, event.tensor_proto.SerializeToString()) for event in events.Tensors(name)]
+    # files of one second are read in the order of their other numbers
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+@pytest.mark.parametrize(("saved", "killed"), [(1, 2), (2, 3), (2, 6), (3, 4), (5, 6)])
+def test_a_run_that_was_killed_and_goes_on_shows_each_point_once(tmp_path, saved, killed):
+    whole = everything(fit(tmp_path / "a", Killed(saved, killed, tmp_path / "b")).dir / "tensorboard")
+    folder = tmp_path / "b" / "net" / "version_0"
+    assert fit(tmp_path / "b", path=folder / f"{saved}.safetensors").dir == folder
+    assert everything(folder / "tensorboard") == whole
+    assert len(whole) == 7 and len(whole["tensorboard", "note/text_summary"]) == 6
+
+
+def test_what_several_killed_processes_wrote_is_kept_beside_and_can_be_read(tmp_path):
+    whole = everything(fit(tmp_path / "0").dir / "tensorboard")
+    fit(tmp_path / "0", Killed(1, 2, tmp_path / "1"))
+    # goes on from, saves, is killed: the third time before it saved anything
+    for number, (start, saved, killed) in enumerate([(1, 2, 3), (2, None, 6), (2, 4, 6), (4, None, None)], start=1):
+        (folder,) = (tmp_path / str(number)).glob("*/*")
+        fit(tmp_path / str(number), Killed(saved, killed, tmp_path / str(number + 1)), path=folder / f"{start}.safetensors")
+    board = folder / "tensorboard"
+    assert everything(board) == whole
+    steps = []
+    for file in board.glob("*abandoned*"):
+        folder = tmp_path / "read" / file.name
+        folder.mkdir(parents=True)
+        shutil.copy(file, folder / file.name.replace("abandoned", "tfevents"))
+        steps.append([step for step, _ in scalars(folder)["loss_step"]] if "loss_step" in read(folder).Tags()["scalars"] else [])
+    assert sorted(steps) == [[], [], [3, 4, 5], [5]]  # each was killed before the step of its end was recorded
+
+
+def test_a_fit_that_goes_on_with_more_epochs_takes_nothing_out(tmp_path):
+    t, net = trainer(tmp_path, **FIT), Net()
+    t.fit(net, loader(), loader())
+    t.test(dataloaders=loader())
+    before = everything(t.run.dir / "tensorboard")
+    t.max_epochs = 3
+    t.fit(net, loader(), loader())
+    after = everything(t.run.dir / "tensorboard")
+    assert {name: points[: len(before[name])] for name, points in after.items()} == before
+    assert [step for step, _ in after["tensorboard", "loss_step"]] == list(range(1, 10))
+    assert not list(t.run.dir.rglob("*abandoned*"))
+
+
+def test_files_of_other_runs_in_the_same_folder_are_not_touched(tmp_path):
+    board = {"dir": tmp_path / "board"}
+    run = fit(tmp_path, Killed(2), board=board)
+    others = fit(tmp_path, board=board).id
+    before = {path: path.read_bytes() for path in board["dir"].rglob("*tfevents*") if path.name.endswith(others)}
+    fit(tmp_path, path=run.dir / "2.safetensors", board=board)
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    assert {path.name.rpartition(".")[2] for path in board["dir"].rglob("*abandoned*")} == {run.id}
+
+
+def test_a_run_that_goes_on_elsewhere_shows_each_point_once_there_too(tmp_path):
+    run = fit(tmp_path, Killed(2), board={"dir": tmp_path / "board"})
+    before = everything(tmp_path / "board")
+    for _ in range(2):
+        fit(tmp_path, path=run.dir / "2.safetensors")
+        steps = [step for step, _ in everything(run.dir / "tensorboard")["tensorboard", "loss_step"]]
+        assert steps == [3, 4, 5, 6]
+    assert everything(tmp_path / "board") == before
+
+
+def test_a_run_that_could_not_write_takes_nothing_out_of_what_was_written_before(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ImportError("no writer")
+
+    path, folder = fit(tmp_path, Killed(2)).dir / "2.safetensors", tmp_path / "net" / "version_0"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensorboard, "_open", broken)
+        fit(tmp_path, Killed(4), path=path, net=Net)
+    before = everything(folder / "tensorboard")
+    fit(tmp_path, path=folder / "4.safetensors")
+    after = everything(folder / "tensorboard")
+    assert all(point in after[name] for name, points in before.items() for point in points)
+    assert not list(folder.rglob("*abandoned*"))
+
+
+def test_points_of_a_validation_that_a_signal_breaks_off_show_once(tmp_path):
+    class Steps(Net):
+        signalled = False
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val", 1.0 * batch_idx, on_step=True)
+            if self.signalled and self.global_step == 5 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Signalled(Steps):
+        signalled = True
+
+    class Saves:
+        @hookimpl
+        def on_stop_requested(self, run):
+            run.save_checkpoint(run.dir / "last.safetensors")
+
+    whole = everything(fit(tmp_path / "a", net=Steps).dir / "tensorboard")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "b", Saves(), net=Signalled)
+    folder = tmp_path / "b" / "net" / "version_0"
+    assert scalars(folder / "tensorboard")["val_step"][-1] == (5, 1.0)
+    fit(tmp_path / "b", path=folder / "last.safetensors", net=Steps)
+    assert everything(folder / "tensorboard") == whole
+
+
+def test_a_disk_that_is_full_does_not_keep_the_run_from_saving(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    class Full(Killed):
+        @hookimpl
+        def on_train_start(self):
+            monkeypatch.setattr(SummaryWriter, "flush", full)
+
+    run = fit(tmp_path, Full(2), net=Net)
+    assert (run.dir / "2.safetensors").exists() and run.position.step == 2 * BATCHES
+    assert "plugin 'tensorboard' (torchplug-tensorboard 0.1.0) failed in on_train_epoch_start and is switched off" in caplog.text
+
+
+def test_an_instance_in_two_fits_writes_the_same_twice_and_its_state_is_plain(tmp_path):
+    board, traces = Tensorboard(), []
+    for _ in range(2):
+        t = Trainer(root_dir=tmp_path, plugins=[board], accelerator="cpu", log_every_n_steps=1, **FIT)
+        torch.manual_seed(1)
+        t.fit(Net(), loader(), loader())
+        traces.append(everything(t.run.dir / "tensorboard"))
+        ((name, size),) = board.state_dict()["files"].items()
+        assert (t.run.dir / "tensorboard" / name).stat().st_size == size
+    assert traces[0] == traces[1]
