@@ -1,230 +1,273 @@
 """The state of a run as one safetensors file: write it, verify it, load it. No pickle anywhere.
 
-Tensors lie under their path in the state (``module.l1.weight``), everything else as JSON in the file's metadata,
-with a CRC-32 for each tensor and one for the JSON. Any safetensors reader opens the file.
+Tensors lie under their path in the state (``module.l1.weight``), everything else as JSON in the file's metadata. Each tensor
+has a CRC-32 over its type, shape and bytes, and the JSON has one that covers the number of the format. Any safetensors reader
+opens the file.
 """
 
 from __future__ import annotations
 
-import base64
 import ctypes
-import dataclasses
-import datetime
-import enum
 import errno
 import json
 import os
+import stat
+import threading
 import zlib
-from argparse import Namespace
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load", "plain", "verify", "write"]
+from torchplug.codec import CheckpointError, Encoder, decode, plain
+from torchplug.files import replacing, sweep
+from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
 
-FORMAT = 1
-PLAIN = (str, int, float, bool, type(None))
+__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "sweep", "verify", "write"]
 
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message names the file, the entry, and what is wrong."""
-
-
-# ---------------------------------------------------------------------- values
+CHUNK = 1 << 20  # bytes that are read and summed up while they are in the processor's cache
+FEW = 1 << 20  # bytes that are not worth a thread
 
 
-def plain(value: Any, path: str) -> Any:
-    """Hyperparameters as values that a checkpoint and a logger can hold; what has no plain form is refused by its path."""
-    if isinstance(value, enum.Enum):
-        return plain(value.value, path)
-    if type(value) in PLAIN or isinstance(value, Tensor):
-        return value
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):  # before float and str, which some of them are too
-        return value.tolist()
-    for base in (int, float, str):
-        if isinstance(value, base):
-            return base(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
-    if isinstance(value, Namespace):
-        return plain(vars(value), path)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(part, f"{path}.{key}") for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [plain(part, f"{path}[{i}]") for i, part in enumerate(value)]
-        return tuple(parts) if type(value) is tuple else parts
-    raise CheckpointError(
-        f"{path} cannot be saved: a {type(value).__module__}.{type(value).__qualname__} has no plain form; leave it out with "
-        "save_hyperparameters(ignore=[...]), or save what it is made from"
-    )
-
-
-# ---------------------------------------------------------------------- codec
-
-
-class _Encoder:
-    """Nested values to JSON; tensors are put aside under their path, the same one twice only once."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._known: dict[tuple[Any, ...], str] = {}
-
-    def encode(self, value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            return {"$tensor": self._tensor(value.detach(), path)}
-        if type(value) in PLAIN:
-            return value
-        if type(value) is list:
-            return [self.encode(part, f"{path}[{i}]") for i, part in enumerate(value)]
-        if type(value) is tuple:
-            return {"$tuple": [self.encode(part, f"{path}[{i}]") for i, part in enumerate(value)]}
-        if type(value) is bytes:
-            return {"$bytes": base64.b64encode(value).decode()}
-        if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
-            if all(type(key) is str and not key.startswith("$") for key in value):
-                return {key: self.encode(part, f"{path}.{key}" if path else key) for key, part in value.items()}
-            return {"$items": [[key, self.encode(part, f"{path}.{key}")] for key, part in value.items()]}
-        raise CheckpointError(f"{path} cannot be saved: {type(value).__module__}.{type(value).__qualname__} is not a plain value or tensor")
-
-    def _tensor(self, tensor: Tensor, path: str) -> str:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and key in self._known:
-            return self._known[key]
-        while path in self.tensors or path == "__metadata__":  # two places may read the same, and one name is the format's own
-            path += "'"
-        self._known[key] = path
-        self.tensors[path] = tensor.cpu().contiguous()
-        return path
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(part, tensors) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$tuple" in value:
-        return tuple(_decode(part, tensors) for part in value["$tuple"])
-    if "$bytes" in value:
-        return base64.b64decode(value["$bytes"])
-    if "$items" in value:
-        return {key: _decode(part, tensors) for key, part in value["$items"]}
-    return {key: _decode(part, tensors) for key, part in value.items()}
-
-
-def _crc(tensor: Tensor) -> int:
-    """CRC-32 of a contiguous CPU tensor's bytes."""
-    size = tensor.numel() * tensor.element_size()
-    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr())) if size else 0
-
-
-# ---------------------------------------------------------------------- files
-
-
-def write(path: Path, state: Mapping[str, Any]) -> None:
+def write(path: str | Path, state: Mapping[str, Any]) -> None:
     """Writes ``state``: to a temporary name beside ``path``, flushed to disk, then renamed; a failure leaves the old file.
+
+    May be called from any thread, while nobody changes the tensors.
 
     Raises:
         CheckpointError: a value that has no safe form (by its path), or a disk that is full.
         OSError: the folder cannot be written.
     """
-    encoder = _Encoder()
-    body = json.dumps(encoder.encode(dict(state), ""))
-    specs = {
-        name: TensorSpec(
-            dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(), data_len=t.numel() * t.element_size()
-        )
-        for name, t in encoder.tensors.items()
-    }
-    metadata = {
-        "format": "pt",
-        "torchplug_format": str(FORMAT),
-        "torchplug": body,
-        "torchplug_crc32": json.dumps({"json": zlib.crc32(body.encode()), **{f"t:{k}": _crc(t) for k, t in encoder.tensors.items()}}),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        serialize_file(specs, temporary, metadata=metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(f"disk full while writing {path}; the checkpoint that was there before is unharmed") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoder = Encoder()
+    body, tensors = encoder.text(state), encoder.tensors
+    entries, sums = place(tensors), dict.fromkeys(tensors, 0)
+
+    def add(entry: Entry) -> None:
+        sums[entry.name] = zlib.crc32(_view(tensors[entry.name]), entry.seed(FORMAT))
+
+    _in_threads(add, entries.values())
+    begin = put_header(body, sums, entries)
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(begin)
+        for name in entries:
+            file.write(_view(tensors[name]))
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` durable, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+def load(path: str | Path, parts: Collection[str] | None = None) -> dict[str, Any]:
+    """The state in a checkpoint, its checksums compared, in the layout of the newest format.
+
+    Args:
+        path: the file.
+        parts: which parts of the state are wanted, such as "module"; the tensors of others are not read. None: all.
+
+    Raises:
+        CheckpointError: missing, empty, cut off, damaged, foreign, of a newer format, or without one of ``parts``.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        found = read_header(file, path)
+        _raise(found.problems)
+        state = _state(path, found)
+        if parts is not None:
+            _raise([f"{path} holds no {name}" for name in parts if name not in state])
+            state = {name: state[name] for name in parts}
+        entries = {each.name: each for each in entries_in(state)}
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
-    """The JSON body, the tensors, and what is wrong with them."""
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of torchplug, or is cut off: {error}") from error
-    if "torchplug" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of torchplug")
-    try:
-        found, body = int(metadata["torchplug_format"]), metadata["torchplug"]
-        sums = dict(json.loads(metadata["torchplug_crc32"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: the header is damaged ({error!r})") from error
-    if found > FORMAT:
-        raise CheckpointError(f"{path} has format {found}, this torchplug reads up to {FORMAT}; install a newer torchplug")
-    problems = [] if sums.get("json") == zlib.crc32(body.encode()) else [f"{path}: the JSON part is damaged"]
-    for name, tensor in tensors.items():
-        if sums.get(f"t:{name}") != _crc(tensor.contiguous()):
-            problems.append(f"{path}: entry {name} is damaged")
-    return body, tensors, problems
+            tensors = {name: torch.empty(each.shape, dtype=each.dtype, device="cpu") for name, each in entries.items()}
+        except (RuntimeError, TypeError, ValueError) as error:  # no memory, or a size that no tensor can have
+            raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        _raise(_read_tensors(file, path, found, entries.values(), tensors))
+    whole: dict[str, Any] = _filled(state, tensors)
+    return whole
 
 
 def verify(path: str | Path) -> list[str]:
     """What is wrong with a checkpoint, line by line; empty when it is good."""
+    path = Path(path)
     try:
-        body, tensors, problems = _read(Path(path))
+        with _opened(path) as file:
+            found = read_header(file, path)
+            problems = found.problems + _read_tensors(file, path, found, found.entries.values())
         if not problems:
-            _decode(json.loads(body), tensors)
+            _state(path, found)
         return problems
-    except (CheckpointError, ValueError, KeyError) as error:
+    except CheckpointError as error:
         return [str(error)]
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint, its checksums compared.
+def header(path: str | Path) -> dict[str, Any]:
+    """What `load` gives, with an `Entry` in the place of each tensor, and ``"format"``: the number of the file's own format.
+
+    No tensor is read or verified, the rest is: this takes milliseconds for a file of any size.
 
     Raises:
-        CheckpointError: missing, empty, cut off, damaged, foreign, or of a newer format.
+        CheckpointError: as with `load`.
     """
-    body, tensors, problems = _read(Path(path))
+    path = Path(path)
+    with _opened(path) as file:
+        found = read_header(file, path)
+    _raise(found.problems)
+    return {"format": found.format, **_state(path, found)}
+
+
+def entries_in(value: Any) -> Iterator[Entry]:
+    """The tensors in what `header` gave, or in a part of it; tied ones several times."""
+    if isinstance(value, Entry):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from entries_in(part)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, if it is one that can be read."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise CheckpointError(f"{path} is {'a folder; name a file in it' if stat.S_ISDIR(kind) else 'not a file'}")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise CheckpointError("; ".join(problems))
-    state: dict[str, Any] = _decode(json.loads(body), tensors)
+
+
+def _read_tensors(
+    file: BinaryIO, path: Path, found: Layout, entries: Collection[Entry], into: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Reads tensors, to where they shall be if that is said; returns what is wrong with them."""
+    damaged, turn = set(), threading.Lock()
+
+    def read(entry: Entry) -> None:
+        begin, left, total = found.start + entry.begin, entry.bytes, entry.seed(found.format)
+        target = memoryview(bytearray(min(left, CHUNK))) if into is None else _view(into[entry.name])
+        while left:
+            part = target[: min(left, CHUNK)]
+            count = _read_at(file, part, begin, turn)
+            total = zlib.crc32(part[:count], total)
+            begin, left, target = begin + count, left - count, target if into is None else target[count:]
+        if total != found.sums.get(entry.name, total):
+            damaged.add(entry.name)
+
+    _in_threads(read, sorted(entries, key=lambda entry: entry.begin))
+    return [f"{path}: entry {name} is damaged" for name in found.entries if name in damaged]
+
+
+def _read_at(file: BinaryIO, part: memoryview, begin: int, turn: threading.Lock) -> int:
+    """Reads into ``part`` from the place ``begin`` of the file; how many bytes."""
+    if hasattr(os, "preadv"):
+        count = os.preadv(file.fileno(), [part], begin)
+    else:
+        with turn:
+            file.seek(begin)
+            count = file.readinto(part)  # type: ignore[attr-defined]
+    if not count:
+        raise OSError(errno.EIO, "it became shorter while it was read")
+    return count
+
+
+def _state(path: Path, found: Layout) -> dict[str, Any]:
+    """The state in the layout of the newest format, with an `Entry` in the place of each tensor."""
+    try:
+        state: dict[str, Any] = dict(decode(json.loads(found.body), found.entries))
+        for number in range(found.format, FORMAT):
+            state = MIGRATIONS[number](state)
+    except WRONG as error:
+        raise CheckpointError(f"{path} does not hold what a checkpoint of format {found.format} holds ({error!r})") from error
     return state
+
+
+def _filled(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """``value`` with tensors in the place of entries."""
+    if isinstance(value, Entry):
+        return tensors[value.name]
+    if isinstance(value, dict):
+        return type(value)({key: _filled(part, tensors) for key, part in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(part, tensors) for part in value)
+    return value
+
+
+# ---------------------------------------------------------------------- older formats
+
+
+def _from_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 did not know classes, the place in the data, sums of metrics, nor what plugins need to go on from there.
+
+    Weights, hyperparameters, position, optimizers and schedulers are whole.
+    """
+    steps = zip(state["optimizers"], state["optimizer_steps"], strict=True)
+    return {
+        "time": 0.0,  # nobody knows
+        "kind": "run",
+        "emergency": "",
+        "versions": state["versions"],
+        "run": {**state["run"], "dir": "", "seconds": 0.0},
+        "position": state["position"],
+        "module": state["module"],
+        "hyperparameters": state["hyperparameters"],
+        "hyperparameters_argument": state["hyperparameters_argument"],
+        "loop": {"validated": False},
+        "optimizers": [{"class": None, "steps": count, "state": each} for each, count in steps],
+        "schedulers": [{"class": None, "seen": each["seen"], "state": each["scheduler"]} for each in state["schedulers"]],
+        "scaler": None,
+        "generators": state["generators"],
+        "data": None,
+        "metrics": {},
+        "plugins": {},
+        "options": state["options"],
+    }
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}  # each to the next number
+
+
+# ---------------------------------------------------------------------- bytes and threads
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must outlive what is returned."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
+
+
+def _in_threads(work: Callable[[Entry], None], entries: Collection[Entry]) -> None:
+    """``work`` for each entry, in as many threads as there are processors if it is enough for that."""
+    waiting, failed = deque(entries), deque[BaseException]()
+
+    def go() -> None:
+        while not failed:
+            try:
+                entry = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                work(entry)
+            except BaseException as error:
+                failed.append(error)
+
+    count = min(len(waiting), os.cpu_count() or 1, 16) if sum(entry.bytes for entry in waiting) > FEW else 1
+    threads = [threading.Thread(target=go, name="torchplug checkpoint") for _ in range(count - 1)]  # an executor takes no work at exit
+    for thread in threads:
+        thread.start()
+    try:
+        go()
+    finally:
+        for thread in threads:
+            thread.join()
+    if failed:
+        raise failed[0]

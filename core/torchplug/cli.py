@@ -1,4 +1,4 @@
-"""The command line: what is installed, what it does, and in which order it would run."""
+"""The command line: what is installed, what it does, in which order it would run, and what is in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torchplug import checkpoint_cli
 from torchplug.members import PARAMETERS, Member, PluginError
 from torchplug.options import Field, closest, fields_of
 from torchplug.plugins import BUNDLE, Found, build, discover, order
@@ -21,7 +22,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``torchplug ARGUMENTS``; returns the exit code (2 for a mistake in the arguments, which is said in one line)."""
-    parser = argparse.ArgumentParser(prog="torchplug", description="Plugins and options of torchplug.")
+    parser = argparse.ArgumentParser(prog="torchplug", description="Plugins, options and checkpoints of torchplug.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = commands.add_parser("plugins", help="list the installed plugins", description="List the installed plugins.")
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     explain.add_argument("names", nargs="*", help="Trainer arguments, or plugins; nothing lists all Trainer arguments")
     explain.set_defaults(run=_explain)
+
+    checkpoint_cli.add_commands(commands)
 
     chosen = parser.parse_args(arguments)
     try:

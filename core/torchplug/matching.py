@@ -54,9 +54,10 @@ class Choice:
         return set(named)
 
     def __contains__(self, part: object) -> bool:
-        if part in ("data", "metrics") and "position" not in self:
-            return False
-        names = {part, "plugins"} if str(part).startswith("plugin:") else {part}
+        plugin = str(part).startswith("plugin:")
+        if (part in ("data", "metrics") or (plugin and self.include is None)) and "position" not in self:
+            return False  # what a plugin remembers of one run means nothing in another, unless somebody says so
+        names = {part, "plugins"} if plugin else {part}
         return not names & self.exclude and (self.include is None or bool(names & self.include))
 
 
@@ -96,7 +97,8 @@ def check(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: C
     if "optimizer" in choice:
         _check_optimizers(run, state["optimizers"], where)
     if "scheduler" in choice:
-        before, now = [each["class"] for each in state["schedulers"]], [type(each.scheduler).__qualname__ for each in run.schedulers]
+        now = [type(each.scheduler).__qualname__ for each in run.schedulers]
+        before = _classes(state["schedulers"], now)
         if before != now:
             raise CheckpointError(f"{where} has {_many(before, 'scheduler')}, configure_optimizers gives {_many(now, 'scheduler')}")
     if "data" in choice and state["data"] is not None and not new_data(run, state, path):
@@ -105,6 +107,12 @@ def check(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: C
         _check_end(run, state["position"], where)
     if choice.strict:
         _check_plugins(run, state["plugins"], where, choice)
+
+
+def _classes(saved: list[dict[str, Any]], now: list[str]) -> list[str]:
+    """The classes of what was saved; format 1 did not know them, which no class contradicts."""
+    known = [*now, *["unknown"] * len(saved)]
+    return [each["class"] or known[i] for i, each in enumerate(saved)]
 
 
 def _many(names: list[str], what: str) -> str:
@@ -140,7 +148,8 @@ def check_model(run: Run, saved: Mapping[str, Any], where: str) -> None:
 
 
 def _check_optimizers(run: Run, saved: list[dict[str, Any]], where: str) -> None:
-    before, now = [each["class"] for each in saved], [type(each).__qualname__ for each in run.optimizers]
+    now = [type(each).__qualname__ for each in run.optimizers]
+    before = _classes(saved, now)
     if before != now:
         raise CheckpointError(
             f"{where} has {_many(before, 'optimizer')}, configure_optimizers gives {_many(now, 'optimizer')}; "

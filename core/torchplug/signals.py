@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -28,52 +28,101 @@ def watching(run: Run, names: Iterable[str]) -> Iterator[None]:
 
     Handlers that were there before are called too, and signals that are ignored stay ignored. Python takes signals in its main
     thread alone: a run in another thread has to be stopped by ``run.request_stop``.
+
+    Raises:
+        BaseException: what an earlier handler raised at the first signal, now that the run has ended in good order.
+        KeyboardInterrupt: at the second Ctrl-C, at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process = os.getpid()
-    before: dict[int, Any] = {}
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        earlier = before[number]
-        if os.getpid() != process:
-            _in_a_child(number, frame, earlier)
-            return
-        again = bool(run.interrupted)
-        if not again:
-            run.interrupted, run.attention = signal.Signals(number).name, True
-            # A signal to the whole process group ends a loader's workers as well. torch would raise for each of them wherever the
-            # run stands; without that the step is finished, and a worker that is missed is an error when a batch is asked of it.
-            if hasattr(signal, "SIGCHLD"):
-                before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if number == signal.SIGINT and earlier is signal.default_int_handler:
-            if again:  # a second Ctrl-C is meant: it ends the run at once, and the next one ends even that
-                signal.signal(number, earlier)
-                earlier(number, frame)
-        elif callable(earlier):
-            earlier(number, frame)
-
+    watch = _Watch(run)
     try:
         for name in (*names, "SIGINT"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.getsignal(number)
-                signal.signal(number, interrupt)
+            watch.begin(name)
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+        watch.end()
+    if watch.raised is not None:
+        raise watch.raised
 
 
-def _in_a_child(number: int, frame: FrameType | None, earlier: Any) -> None:
-    """A forked process has the handler too: a loader's worker waits for its run to end it, any other one does what it did before."""
-    if get_worker_info() is not None:
-        return
-    signal.signal(number, earlier)
+class _Watch:
+    """The handlers of one run.
+
+    Attributes:
+        earlier: by the number of a signal, who handled it before.
+        raised: what one of them raised at the first signal; raised where the signal came, it would break the step off.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.process = run, os.getpid()
+        self.earlier: dict[int, Any] = {}
+        self.raised: BaseException | None = None
+        self._pressed = self._over = False
+
+    def begin(self, name: str) -> None:
+        """Takes a signal, unless there is none of this name, it is ignored, or its handler is not of Python and could not be put back."""
+        number = getattr(signal, name, None)
+        if number is None or number in self.earlier or signal.getsignal(number) in (signal.SIG_IGN, None):
+            return
+        self.earlier[number] = signal.getsignal(number)
+        signal.signal(number, self.interrupt)
+
+    def end(self) -> None:
+        """Puts back what was there before, except where somebody else has taken the signal meanwhile and may call us."""
+        try:
+            for number in sorted(self.earlier, key=lambda number: number == signal.SIGINT):  # which may raise when it is put back
+                if signal.getsignal(number) in (self.interrupt, self.child_ended):
+                    signal.signal(number, self.earlier[number])
+        finally:
+            self._over = True
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        earlier = self.earlier[number]
+        if self._over or os.getpid() != self.process:
+            if get_worker_info() is None:  # a loader's worker waits for its run to end it
+                _as_before(number, frame, earlier)
+            return
+        if number == signal.SIGINT and self._pressed:  # it is meant, and so is the next one
+            signal.signal(number, earlier)
+            if not callable(earlier):
+                raise KeyboardInterrupt
+            earlier(number, frame)
+            return
+        self._pressed |= number == signal.SIGINT
+        first = not self.run.interrupted
+        if first:
+            self.run.interrupted, self.run.attention = signal.Signals(number).name, True
+            self._spare_loaders()
+        if callable(earlier):
+            try:
+                earlier(number, frame)
+            except BaseException as error:
+                if first:
+                    self.raised = error.with_traceback(None)
+
+    def _spare_loaders(self) -> None:
+        """A signal to the whole process group ends a loader's workers as well. torch would raise for each of them wherever the run
+        stands; without that the step is finished, and a worker that is missed is an error when a batch is asked of it."""
+        number = getattr(signal, "SIGCHLD", None)
+        if number is not None and callable(signal.getsignal(number)):
+            self.earlier[number] = signal.getsignal(number)
+            signal.signal(number, self.child_ended)
+
+    def child_ended(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGCHLD after a signal."""
+        with suppress(RuntimeError):
+            self.earlier[number](number, frame)
+
+
+def _as_before(number: int, frame: FrameType | None, earlier: Any) -> None:
+    """What happens to a signal in a process that was forked, or after the run: the same as without us."""
     if callable(earlier):
         earlier(number, frame)
     else:
+        signal.signal(number, earlier)
         os.kill(os.getpid(), number)
 
 

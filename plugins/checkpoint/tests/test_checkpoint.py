@@ -17,7 +17,7 @@ from torch import nn
 
 import torchplug_checkpoint
 from torchplug import Module, PluginError, Trainer, hookimpl
-from torchplug.checkpoint import load, verify
+from torchplug.checkpoint import CheckpointError, load, verify
 from torchplug_checkpoint import Checkpoint
 
 torch.set_num_threads(1)
@@ -130,7 +130,8 @@ def test_the_best_file_is_good_and_holds_exactly_the_weights_of_its_epoch(tmp_pa
     assert torch.equal(weight(plugin.best_path), module.epochs[1])
     assert torch.equal(weight(plugin.last_path), module.epochs[2])
     assert not torch.equal(module.epochs[1], module.epochs[2])
-    assert load(plugin.best_path)["position"]["epoch"] == 1
+    position = load(plugin.best_path)["position"]
+    assert (position["epoch"], position["batch"]) == (2, 0)  # two epochs are done
 
 
 def test_test_without_a_module_uses_the_best_and_says_which(tmp_path, caplog):
@@ -266,22 +267,24 @@ def test_where_there_are_no_hard_links_last_is_a_copy_and_never_a_symlink(tmp_pa
     assert files(plugin.last_path.parent) == {"epoch=1-step=4.safetensors", "last.safetensors"}
 
 
-def test_a_copy_that_fails_leaves_the_last_as_it_was_and_nothing_half_written(tmp_path, monkeypatch):
+def test_a_copy_that_fails_leaves_whole_files_and_nothing_half_written(tmp_path, monkeypatch):
     class DiskFills(Scripted):
         def on_train_epoch_end(self):
             super().on_train_epoch_end()
             if self.current_epoch == 1:
                 monkeypatch.setattr(os, "link", refuse)
-                monkeypatch.setattr(shutil, "copyfileobj", refuse)
+                monkeypatch.setattr(shutil, "copyfile", refuse)
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    module, plugin = DiskFills([2.0, 1.0]), Checkpoint(monitor="val_loss", dir=tmp_path / "here")
-    with pytest.raises(OSError, match="No space left on device"):
+    module, plugin = DiskFills([2.0, 1.0]), Checkpoint(monitor="val_loss", dir=tmp_path / "here", background=False)
+    with pytest.raises(CheckpointError, match=r"disk full while writing .*epoch=1-step=4\.safetensors"):
         fit(tmp_path, module, plugin)
-    assert files(tmp_path / "here") == {"epoch=0-step=2.safetensors", "epoch=1-step=4.safetensors", "last.safetensors"}
-    assert torch.equal(weight(tmp_path / "here" / "last.safetensors"), module.epochs[0])
+    assert files(tmp_path / "here") == {"epoch=0-step=2.safetensors", "last.safetensors"}
+    assert torch.equal(weight(tmp_path / "here" / "epoch=0-step=2.safetensors"), module.epochs[0])
+    assert torch.equal(weight(tmp_path / "here" / "last.safetensors"), module.epochs[1])
+    assert plugin.best_path.name == "epoch=0-step=2.safetensors"
 
 
 def test_the_last_step_of_training_is_always_saved(tmp_path):
@@ -337,7 +340,8 @@ def test_a_step_that_the_end_of_the_loader_brought_is_counted_too(tmp_path):
 def minutes(monkeypatch):
     """A module whose training step takes a minute on the plugin's clock."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(torchplug_checkpoint, "time", clock)
+    for module in (torchplug_checkpoint.checkpoint, torchplug_checkpoint.saver):
+        monkeypatch.setattr(module, "time", clock)
 
     class Minutes(Scripted):
         def on_fit_start(self):
@@ -423,9 +427,17 @@ def test_a_file_knows_of_itself(tmp_path):
     plugin = Checkpoint(monitor="val_loss", top_k=2)
     fit(tmp_path, Scripted([3.0, 1.0, 2.0]), plugin)
     state = load(plugin.last_path)["plugins"]["checkpoint"]
-    assert state == plugin.state_dict()
-    assert state["best_path"] == str(plugin.best_path)
-    assert [os.path.basename(kept["path"]) for kept in state["kept"]] == ["epoch=1-step=4.safetensors", "epoch=2-step=6.safetensors"]
+    assert state["best"] == plugin.best_path.name
+    assert [kept["name"] for kept in state["kept"]] == ["epoch=1-step=4.safetensors", "epoch=2-step=6.safetensors"]
+    (save,) = state.pop("owed")  # while it is written it is not done
+    assert (save["name"], save["dropped"]) == ("epoch=2-step=6.safetensors", [{"name": "epoch=0-step=2.safetensors", "score": 3.0}])
+    assert plugin.state_dict() == {**state, "owed": []}
+
+
+def test_the_books_hold_names_alone_so_that_a_run_can_be_moved(tmp_path):
+    plugin = Checkpoint(monitor="val_loss", top_k=2)
+    fit(tmp_path, Scripted([3.0, 1.0, 2.0]), plugin)
+    assert str(tmp_path) not in repr(plugin.state_dict())
 
 
 def test_state_goes_round(tmp_path):
@@ -433,14 +445,13 @@ def test_state_goes_round(tmp_path):
     fit(tmp_path, Scripted([3.0, 1.0, 2.0]), plugin)
     other.load_state_dict(plugin.state_dict())
     assert other.state_dict() == plugin.state_dict()
-    assert (other.best_path, other.best_score, other.last_path) == (plugin.best_path, 1.0, plugin.last_path)
 
 
 def test_a_save_that_fails_ends_the_run_and_leaves_files_and_books_as_they_were(tmp_path):
     class Broken:
         @hookimpl
         def save_checkpoint(self, run):
-            if run.position.epoch == 1:
+            if run.position.epoch == 2:
                 raise OSError("the disk is gone")
 
     module, plugin = Scripted([2.0, 1.0]), Checkpoint(monitor="val_loss", dir=tmp_path / "here")
@@ -566,7 +577,7 @@ def test_a_folder_that_is_there_and_cannot_be_written_is_an_error_before_trainin
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(torchplug_checkpoint.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(torchplug_checkpoint.store.tempfile, "TemporaryFile", refuse)
     module = Scripted([1.0])
     with pytest.raises(PermissionError, match=r"checkpoints cannot be written into .*here' .Permission denied.; choose another dir"):
         fit(tmp_path, module, Checkpoint(dir=tmp_path / "here"))
@@ -603,8 +614,10 @@ def test_times_are_understood(text, seconds):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dir": 3}, "dir must be a path or None, got 3"),
-        ({"dir": "s3://bucket/here"}, "dir must be a local folder, got 's3://bucket/here'"),
+        ({"dir": 3}, "dir must be a path, a URL or None, got 3"),
+        ({"background": "yes"}, "background must be True or False, got 'yes'"),
+        ({"save_weights_only": 1}, "save_weights_only must be True or False, got 1"),
+        ({"save_on_exception": None}, "save_on_exception must be True or False, got None"),
         ({"monitor": ""}, "monitor must be the name of a metric or None, got ''"),
         ({"mode": "auto"}, "mode must be 'min' or 'max', got 'auto'"),
         ({"top_k": -2}, "top_k must be a number of checkpoints, -1 for all or 0 for none, got -2"),
