@@ -218,10 +218,8 @@ def main() -> None:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors", "torchplug")]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, state = Path(name), make_state(options.tensors, options.device)
-        print(
-            f"Python {platform.python_version()}, {', '.join(versions)}, {platform.machine()}, {os.cpu_count()} processors, 1 thread of torch"
-        )
-        print(f"{size_of(state) / 1e6:.0f} MB on {options.device}, milliseconds, median of {options.repeats} pairs\n")
+        print(f"Python {platform.python_version()}, {', '.join(versions)}, {platform.machine()}, {os.cpu_count()} processors")
+        print(f"1 thread of torch, {size_of(state) / 1e6:.0f} MB on {options.device}, milliseconds, median of {options.repeats} pairs\n")
         print("| | torch.save or torch.load | torchplug | range | ratio | range |\n|---|---|---|---|---|---|")
         rows = writing(state, folder, options.repeats) + loading(state, folder, options.repeats) + extra_memory(folder, options.tensors)
     if options.json:

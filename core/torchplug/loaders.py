@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchplug.seed import preserved, remembered
 
 __all__ = [
-    "Indices", "Tracked", "begin", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of", "set_working", "workers_of",
+    "Indices", "Tracked", "begin", "close", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of", "set_working", "workers_of",
     "working",
 ]  # fmt: skip
 
@@ -340,6 +340,12 @@ def begin(loader: Any, *place: int) -> Iterator[Any]:
                 return iter(loader)
         indices.unseen = Unseen(loader)
     return iter(loader)
+
+
+def close(loader: Any) -> None:
+    """Ends the persistent workers of a loader that `exact` gave; torch takes seconds for that where they end as garbage."""
+    if WORKING in getattr(loader, "__dict__", {}):
+        vars(loader)["_iterator"] = None
 
 
 def explained(loader: Any) -> str:

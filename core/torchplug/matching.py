@@ -102,7 +102,7 @@ def check(run: Run, state: Mapping[str, Any], path: Path | str | None, choice: C
         if before != now:
             raise CheckpointError(f"{where} has {_many(before, 'scheduler')}, configure_optimizers gives {_many(now, 'scheduler')}")
     if "data" in choice and state["data"] is not None and not new_data(run, state, path):
-        _check_data(run, state["data"]["facts"], where)
+        _check_data(run, state["data"], where)
     if "position" in choice:
         _check_end(run, state["position"], where)
     if choice.strict:
@@ -165,8 +165,8 @@ def _check_optimizers(run: Run, saved: list[dict[str, Any]], where: str) -> None
             )
 
 
-def _check_data(run: Run, saved: Mapping[str, Any], where: str) -> None:
-    now = facts(run)
+def _check_data(run: Run, state: dict[str, Any], where: str) -> None:
+    saved, now = state["facts"], facts(run)
     other = [f"{name} was {value}, is {now[name]}" for name, value in saved.items() if value is not None and value != now.get(name)]
     other = [line for line in other if not line.endswith("is None")]
     if other:
@@ -174,6 +174,10 @@ def _check_data(run: Run, saved: Mapping[str, Any], where: str) -> None:
             f"{where} was written with other data or accumulation: {'; '.join(other)}; set it back, or begin the epoch anew with "
             "resume={'exclude': ['data']}"
         )
+    try:
+        run.stream.check(state)
+    except ValueError as error:
+        raise CheckpointError(f"{where} was written with other data: {error}") from None
 
 
 def _check_end(run: Run, saved: Mapping[str, Any], where: str) -> None:

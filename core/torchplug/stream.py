@@ -67,6 +67,7 @@ class Stream:
         state, now, self._loaded = self._loaded, self._now(), None
         self._start = state["start"]
         self._put(state["start"])
+        set_working(self.loader, state["start"]["working"])
 
         def ready() -> None:
             self._put({**now, "samplers": []})  # samplers have drawn themselves to their place
@@ -175,7 +176,7 @@ class Stream:
             "drawn": indices.drawn if indices is not None and indices.counts else seen,
             "exhausted": indices is not None and indices.ended,
             "counted": indices is not None and indices.tells(seen),
-            "working": [self._start["working"] if seen and self._start else working(self.loader), *map(working, self.loaders[1:])],
+            "working": [working(loader) for loader in self.loaders],
             "ended": type(dataset) is Tracked and dataset._ended,
             "keeper": self.keeper.state_dict() if self.keeper is not None else None,
         }
