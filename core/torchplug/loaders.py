@@ -243,9 +243,31 @@ class Tracked(_InPlaceOf):
         object.__setattr__(self, "_ended", False)
 
     def __iter__(self) -> Iterator[Any]:
-        object.__setattr__(self, "_ended", False)
-        yield from self._dataset
-        object.__setattr__(self, "_ended", True)
+        self._set(False)
+        return _UpTo(iter(self._dataset), self._set)
+
+    def _set(self, ended: bool) -> None:
+        object.__setattr__(self, "_ended", ended)
+
+
+class _UpTo:
+    """An iterator that says when it is at its end; it may have a state, as torchdata's loader wants it."""
+
+    def __init__(self, source: Iterator[Any], say: Callable[[bool], None]) -> None:
+        self.source, self.say = source, say
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.source)
+        except StopIteration:
+            self.say(True)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
 
 
 def _mixed(*numbers: int) -> bytes:
@@ -270,17 +292,15 @@ def _seeded(drawn: Any) -> Any:
 def exact(loader: Any) -> Any:
     """``loader``, or in place of a DataLoader a copy that can begin anywhere in an epoch and whose workers are seeded.
 
-    Loaders with a state over data sets with a state, and those over iterable data sets without, are left as they are.
+    Over iterable data sets there is little to be done: such loaders are left as they are where they can be.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, _InPlaceOf) or indices_of(loader) is not None:
-        return loader
-    if has_state(loader) and has_state(loader.dataset):
+    if not isinstance(loader, DataLoader) or WORKING in vars(loader):
         return loader
     workers = loader.num_workers
     if isinstance(loader.dataset, IterableDataset):
-        if workers == 0 and has_state(loader.dataset) and not has_state(loader):
+        if workers == 0 and has_state(loader.dataset):
             return _copied(loader, dataset=Tracked(loader.dataset))
-        return _copied(loader) if loader.persistent_workers and not has_state(loader) else loader
+        return _copied(loader) if loader.persistent_workers else loader
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     wrapped = type(loader).__iter__ is not DataLoader.__iter__
     ahead = workers * (loader.prefetch_factor or 0)

@@ -174,6 +174,8 @@ def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None)
     elif part == "optimizer":
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved["state"])
+            if saved["steps"]:  # schedulers warn if they are the first to step, and have no public way to hear of earlier steps
+                vars(optimizer)["_opt_called"] = True
         run.optimizer_steps[:] = [saved["steps"] for saved in state["optimizers"]]
         if run.scaler is not None and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])

@@ -35,11 +35,13 @@ class Stream:
         self.indices = indices_of(loader)
         self.generators = own_generators([loader, *samplers_of(loader), *others])
         self.samplers = places_of(loader)
-        self.keeper = None  # who else remembers a place, if anybody does
-        if has_state(loader) and self.indices is None:
-            self.keeper = loader
-        elif workers_of(loader) == 0 and has_state(getattr(loader, "dataset", None)):
-            self.keeper = loader.dataset
+        dataset, workers = getattr(loader, "dataset", None), workers_of(loader)
+        kept = dataset if workers == 0 and has_state(dataset) else None
+        itself = has_state(loader) and (self.indices is None or (workers > 0 and has_state(dataset)))
+        self.keeper = loader if itself else kept  # who else remembers a place in an epoch, if anybody does
+        self.between = kept  # who remembers something between two epochs: an iterator and its workers are gone by then
+        if kept is None and itself and (not isinstance(loader, DataLoader) or (workers > 0 and loader.persistent_workers)):
+            self.between = loader
         self._start: dict[str, Any] | None = None  # generators and samplers as they were when the epoch began
         self._loaded: dict[str, Any] | None = None  # the state to go on from, until the data are asked for a batch
 
@@ -54,7 +56,7 @@ class Stream:
             if seen == self.limit or (self._loaded is not None and self._loaded["ended"]):
                 return iter(())
             batches = self._rest(number, seen)
-        elif self._loaded is not None and (self.keeper is not None or self.samplers):
+        elif self._loaded is not None and (self.between is not None or self.samplers):
             batches = self._after_an_edge(number)
         else:
             self._start, self._loaded = self._now(), None
@@ -72,7 +74,11 @@ class Stream:
         def ready() -> None:
             self._put({**now, "samplers": []})  # samplers have drawn themselves to their place
 
-        if self.indices is not None and state["counted"]:
+        if self.keeper is self.loader:
+            batches = iter(self.loader) if self.indices is None else begin(self.loader, number, 0)
+            ready()
+            yield from batches
+        elif self.indices is not None and state["counted"]:
 
             def resume(source: Iterator[Any]) -> Iterator[Any]:
                 source = self._passed(source, seen, state)
@@ -81,7 +87,7 @@ class Stream:
 
             self.indices.resume = resume
             yield from begin(self.loader, number, 0)
-        elif self.keeper is not None:
+        elif self.keeper is not None and self.indices is None:
             batches = iter(self.loader)
             ready()
             yield from batches
@@ -134,16 +140,39 @@ class Stream:
             self._passed(iter(self.indices.inner), state["drawn"], state)
             self._put({**now, "samplers": []})
         self._start = {**now, "samplers": state["samplers"]}
+        if isinstance(self.between, DataLoader):  # what it was given to load belongs to its first iterator alone
+            begin(self.loader, number, 0)
+            self._put({**now, "samplers": []})
+        elif self.between is not None and self.limit is not None and self.indices is None:
+            self._renew(state["between"])
+            self._put({**now, "samplers": []})
         batches = begin(self.loader, number, 0)
-        if isinstance(self.loader, DataLoader) and self.keeper is self.loader:  # what it loaded belongs to its first iterator alone
-            first: list[Any] = []
-        else:
-            first = list(islice(batches, 1))
+        first = list(islice(batches, 1))
         if not first:
             self._put({**now, "samplers": []})
             batches = begin(self.loader, number, 0)
         yield from first
         yield from batches
+
+    def _renew(self, state: dict[str, Any]) -> None:
+        """Lets something that remembers a place begin as it would after an iterator that was not used up.
+
+        A new iterator may go on where the one before was left, or begin anew, unless a state was loaded in between. Which it is
+        shows when a few samples are asked for.
+        """
+
+        def after(iterators: int) -> Any:
+            self.between.load_state_dict(state)
+            for _ in range(iterators):
+                for _ in islice(self.between, 2 // iterators):
+                    pass
+            return copy.deepcopy(self.between.state_dict())
+
+        begins_anew = not _alike(after(1), after(2))
+        self.between.load_state_dict(state)
+        if begins_anew:
+            for _ in islice(self.between, 1):
+                pass
 
     # ------------------------------------------------------------------ state
 
@@ -168,6 +197,8 @@ class Stream:
         if self._loaded is not None:  # no batch was asked for since
             return {**self._loaded, "own": self._own()}
         indices, dataset = self.indices, getattr(self.loader, "dataset", None)
+        ended = type(dataset) is Tracked and dataset._ended
+        edge = not seen or seen == self.limit or ended
         cut = bool(self.samplers) and indices is not None and not indices.ended  # by a limit: samplers are in the middle of their epoch
         return {
             "own": self._own(),
@@ -177,8 +208,9 @@ class Stream:
             "exhausted": indices is not None and indices.ended,
             "counted": indices is not None and indices.tells(seen),
             "working": [working(loader) for loader in self.loaders],
-            "ended": type(dataset) is Tracked and dataset._ended,
-            "keeper": self.keeper.state_dict() if self.keeper is not None else None,
+            "ended": ended,
+            "keeper": None if edge or self.keeper is None else self.keeper.state_dict(),
+            "between": self.between.state_dict() if edge and self.between is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,8 +221,9 @@ class Stream:
         """
         self.check(state)
         self._loaded = {name: state[name] for name in self.state_dict(0)}
-        if self.keeper is not None and state["keeper"] is not None:
-            self.keeper.load_state_dict(state["keeper"])
+        for one, part in ((self.keeper, "keeper"), (self.between, "between")):
+            if one is not None and state[part] is not None:
+                one.load_state_dict(state[part])
         if state["start"] is None:  # otherwise they draw themselves to their place
             for sampler, own in zip(self.samplers, state["samplers"], strict=True):
                 sampler.load_state_dict(own)
