@@ -150,6 +150,8 @@ def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
 
 
 def test_several_instances_write_in_the_order_in_which_states_were_taken(tmp_path, monkeypatch):
+    most = [0]
+
     class Named(Held):
         @hookimpl(wrapper=True)
         def save_checkpoint(self, path, state):
@@ -167,10 +169,10 @@ def test_several_instances_write_in_the_order_in_which_states_were_taken(tmp_pat
         held.go.set()
         original(writer)
 
-    held, original, most = Named(), Writer.drain, [0]
+    held, original = Named(), Writer.drain
     monkeypatch.setattr(Writer, "drain", drain)
-    slow, fast = {"every_n_steps": 1, "top_k": 0}, {"every_n_steps": 3, "top_k": 0, "background": False}
-    trainer = fit(tmp_path, {"checkpoint:slow": {**slow, "every_n_steps": 2}}, {"checkpoint:fast": fast}, held)
+    slow, fast = {"every_n_steps": 2, "top_k": 0}, {"every_n_steps": 3, "top_k": 0, "background": False}
+    trainer = fit(tmp_path, {"checkpoint:slow": slow}, {"checkpoint:fast": fast}, held)
     assert held.log[:2] == [("slow", 2), ("fast", 3)]  # the one in the foreground had to wait
     assert most == [1]
     assert writing() == []
@@ -217,7 +219,7 @@ def test_an_error_of_the_thread_is_raised_at_the_next_event_as_it_is_and_with_it
     full = OSError(errno.ENOSPC, "No space left on device")
     error = CheckpointError("disk full while writing it")
     error.__cause__ = full
-    plugin = Checkpoint(every_n_steps=2, top_k=2, dir=tmp_path / "here")
+    plugin = Checkpoint(every_n_steps=2, dir=tmp_path / "here")
     fails = Fails(plugin, 4, error)
     with pytest.raises(CheckpointError, match="disk full while writing it") as caught:
         fit(tmp_path, plugin, fails, max_epochs=2)
@@ -289,6 +291,7 @@ def test_what_was_begun_is_complete_and_told_when_the_run_is_over(tmp_path, erro
     assert writing() == []
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_exits_waits_for_what_was_begun(tmp_path):
     script = f"""
     import threading, time

@@ -157,6 +157,24 @@ def test_files_of_a_future_that_was_given_up_stay_until_one_of_the_same_name_rep
     assert (folder / epoch(3)).read_bytes() == stands[epoch(3)]
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["of that future", "of another run"])
+def test_nor_are_they_deleted_where_one_of_their_name_had_lost_its_place(tmp_path, other):
+    class Keeps:
+        @hookimpl
+        def on_checkpoint_saved(self, run):
+            shutil.copy(run.last_path, tmp_path / f"{run.position.step}.safetensors")
+
+    options = {"filename": "model", "background": False}
+    folder = fit(tmp_path, Checkpoint(**options), Keeps(), epochs=3).run.dir / "checkpoints"
+    assert files(folder) == {"model.safetensors", LAST}  # the name was free again for the third one
+    if other:
+        shutil.copy(fit(tmp_path / "other", Checkpoint(), epochs=1).run.last_path, folder / "model.safetensors")
+    fit(tmp_path, Checkpoint(**options), epochs=2, ckpt_path=tmp_path / "4.safetensors")  # when the first one had just lost its place
+    assert files(folder) == {"model.safetensors", "model-v1.safetensors", LAST}
+    weights = [weight(folder / name) for name in ("model.safetensors", "model-v1.safetensors", LAST)]
+    assert weights == [-1.0 if other else -3.0, -2.0, -2.0]
+
+
 def test_in_a_folder_of_ones_own_only_files_of_the_same_run_are_replaced(tmp_path):
     there = tmp_path / "shared"
     other = fit(tmp_path / "other", Checkpoint(top_k=-1, dir=there), epochs=3)
@@ -175,10 +193,16 @@ def test_with_position_left_out_it_is_another_run_that_deletes_nothing(tmp_path)
     there = tmp_path / "there"
     first = fit(tmp_path, best(dir=there))
     trainer = Trainer(max_epochs=4, root_dir=tmp_path, plugins=[best(dir=there)], num_sanity_val_steps=0, accelerator="cpu")
-    trainer.fit(Scripted(), BATCHES, [BATCHES], ckpt_path=first.run.last_path, resume={"exclude": ["position"]})
+    trainer.fit(Scripted(), BATCHES, [BATCHES], ckpt_path=first.run.last_path, resume={"include": ["model", "plugins"]})
     assert trainer.run.id != first.run.id
     assert {epoch(1), epoch(3), LAST, "last-v1.safetensors"} == files(there)
     assert load(there / epoch(1))["run"]["id"] == first.run.id
+
+
+def test_a_value_that_was_ranked_is_not_ranked_again_by_the_run_that_goes_on(tmp_path):
+    folder = fit(tmp_path, best(top_k=-1), check_val_every_n_epoch=2).run.dir / "checkpoints"
+    fit(tmp_path, best(top_k=-1), epochs=3, ckpt_path="last", check_val_every_n_epoch=2)
+    assert files(folder) == {epoch(1), LAST}
 
 
 def test_without_the_metrics_the_next_value_is_ranked_all_the_same(tmp_path):
@@ -347,6 +371,18 @@ def test_a_state_that_is_saved_already_is_not_saved_again_for_a_signal(tmp_path)
     with pytest.raises(SystemExit):
         fit(tmp_path, Checkpoint(every_n_steps=3), Signal(3), listener)
     assert listener.saved == [("epoch=1-step=3.safetensors", {}, "newest and last")]
+
+
+def test_nor_when_the_signal_comes_in_the_validation_that_follows(tmp_path):
+    class InValidation:
+        @hookimpl
+        def on_validation_start(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    listener = Listener()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Checkpoint(every_n_steps=1), InValidation(), listener, val_check_interval=1)
+    assert listener.saved == [("epoch=0-step=1.safetensors", {}, "newest and last")]
 
 
 def test_without_last_a_signal_leaves_a_file_by_the_template(tmp_path):

@@ -204,6 +204,7 @@ VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, NAN, INF, -INF]), min_siz
 KILLS = st.lists(st.integers(0, 25), max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     values=VALUES,  # of the epochs
@@ -215,6 +216,7 @@ KILLS = st.lists(st.integers(0, 25), max_size=3)
 )
 @example(values=[3.0, 2.0, 1.0], top_k=1, mode="min", background=True, remote=False, kills=[5])
 @example(values=[3.0, 2.0, 1.0], top_k=1, mode="min", background=True, remote=True, kills=[5])
+@example(values=[1.0, 1.0, 1.0], top_k=2, mode="max", background=True, remote=False, kills=[9])
 def test_exactly_the_k_best_of_the_whole_run_and_the_last_remain(disk, tmp_path_factory, values, top_k, mode, background, remote, kills):
     place = Place(tmp_path_factory.mktemp("run"), remote)
     foreign = {"epoch=0-step=2.safetensors": b"mine", "epoch=9-step=9.safetensors": b"old", LAST: b"theirs", "notes.txt": b"text"}
@@ -275,6 +277,7 @@ INSTANCE = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     values=st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, NAN]), min_size=1, max_size=4).map(lambda values: values * 2),

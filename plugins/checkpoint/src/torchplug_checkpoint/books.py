@@ -97,7 +97,7 @@ class Books:
         while save in self.owed:
             last = self.owed.pop()
             if any(kept.name == last.name for kept in self.kept):
-                self.kept = [kept for kept in self.kept if kept.name != last.name]
+                self.kept = [kept for kept in self.kept if kept.name != last.name] + last.dropped
             self.saves -= last.counted
             self.newest = last.previous
 
