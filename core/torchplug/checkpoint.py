@@ -27,7 +27,7 @@ from torchplug.codec import CheckpointError, Encoder, decode, plain
 from torchplug.files import replacing, sweep
 from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
 
-__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "sweep", "verify", "write"]
+__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "replacing", "sweep", "verify", "write"]
 
 CHUNK = 1 << 20  # bytes that are read and summed up while they are in the processor's cache
 FEW = 1 << 20  # bytes that are not worth a thread

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchplug.blame import add_note
 from torchplug.data import length
 from torchplug.metrics import Metrics
 
@@ -147,8 +148,8 @@ class Run:
     ended: dict[str, Any] | None = field(default=None, repr=False)
     scaler: torch.amp.GradScaler | None = field(default=None, repr=False)
     training: bool = False
-    best_path: Path | None = None
-    last_path: Path | None = None
+    best_path: Path | str | None = None
+    last_path: Path | str | None = None
     report: dict[str, str] = field(default_factory=dict)
     collect: Callable[[Run, bool], dict[str, Any]] = field(init=False, repr=False)
     plugins: dict[str, Any] = field(default_factory=dict)  # what is enabled: name -> object
@@ -157,7 +158,7 @@ class Run:
     _asking: Callable[[], str] = field(default=str, repr=False)
     _started: float = field(default_factory=time.perf_counter)
     _said: set[str] = field(default_factory=set)
-    _put_off: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+    _put_off: list[tuple[str, Callable[[], Any]]] = field(default_factory=list, repr=False)
     _announced: bool = False
 
     def __post_init__(self) -> None:
@@ -247,7 +248,7 @@ class Run:
         if not self.training:
             call()
             return
-        self._put_off.append(call)
+        self._put_off.append((self._asking(), call))
         self.attention = True
 
     def settle(self) -> None:
@@ -256,7 +257,13 @@ class Run:
             self._announced = True
             self.hooks.on_stop_requested(self, self.interrupted, "")
         while self._put_off:
-            self._put_off.pop(0)()
+            plugin, call = self._put_off.pop(0)
+            try:
+                call()
+            except BaseException as error:
+                if plugin:  # it stands in no hook, so the traceback does not tell who asked for it
+                    add_note(error, f"asked for by {plugin!r}, and put off until the state was whole")
+                raise
         self.attention = bool(self.stop_reason or (self.interrupted and not self._announced))
 
     def state(self, weights_only: bool = False) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,16 +37,16 @@ class HostCopy:
         def copied(value: Any, path: tuple[Any, ...]) -> Any:
             if isinstance(value, Tensor):
                 return tensor(value.detach(), path)
-            if isinstance(value, dict):
+            if type(value) in (dict, OrderedDict):
                 return {key: copied(part, (*path, key)) for key, part in value.items()}
             if type(value) in (list, tuple):
                 return type(value)(copied(part, (*path, i)) for i, part in enumerate(value))
-            return value
+            return copy.copy(value) if isinstance(value, dict) else value  # of a kind that the codec knows, or refuses
 
         def tensor(value: Tensor, path: tuple[Any, ...]) -> Tensor:
             if value.layout is not torch.strided or not value.numel():
                 return value.clone()
-            key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
+            key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg())
             if key not in known:
                 on_gpu = value.device.type == "cuda"
                 place = (*path, on_gpu)
@@ -58,12 +60,12 @@ class HostCopy:
             return known[key]
 
         with torch.no_grad():
-            copy: dict[str, Any] = copied(state, ())
+            whole: dict[str, Any] = copied(state, ())
         for device in devices:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             self._events.append(event)
-        return copy
+        return whole
 
     def ready(self) -> None:
         """Waits until everything has arrived in host memory."""
