@@ -292,7 +292,7 @@ def _seeded(drawn: Any) -> Any:
 def exact(loader: Any) -> Any:
     """``loader``, or in place of a DataLoader a copy that can begin anywhere in an epoch and whose workers are seeded.
 
-    Over iterable data sets there is little to be done: such loaders are left as they are where they can be.
+    It is always a copy, because a loader keeps its iterator where it has persistent workers or a state.
     """
     if not isinstance(loader, DataLoader) or WORKING in vars(loader):
         return loader
@@ -300,7 +300,9 @@ def exact(loader: Any) -> Any:
     if isinstance(loader.dataset, IterableDataset):
         if workers == 0 and has_state(loader.dataset):
             return _copied(loader, dataset=Tracked(loader.dataset))
-        return _copied(loader) if loader.persistent_workers else loader
+        return _copied(loader)
+    if workers and has_state(loader) and has_state(loader.dataset):  # it alone can ask its workers, and skips by itself
+        return _copied(loader)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     wrapped = type(loader).__iter__ is not DataLoader.__iter__
     ahead = workers * (loader.prefetch_factor or 0)
@@ -380,6 +382,8 @@ def explained(loader: Any) -> str:
                 "saved (num_workers=0 or a loader with a state_dict of its own saves it)"
             )
         return ""
+    if has_state(loader) and workers:
+        return "what workers draw at random is not put back by a loader that saves its own state: a run that is resumed draws other numbers"
     if has_state(loader) or (workers == 0 and has_state(dataset)):
         return ""
     return (

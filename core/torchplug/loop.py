@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from torchplug.blame import also, blame, note_place
 from torchplug.data import IN_WORDS, batch_size
@@ -102,7 +103,11 @@ def fit(run: Run, hooks: Hooks) -> None:
         go_on(run)
         run.settle()
         while not limits.reached():
-            train_epoch(run, hooks, validation, limits, watch)
+            try:
+                train_epoch(run, hooks, validation, limits, watch)
+            except (RuntimeError, OSError) as error:
+                if not (run.window_ends and _ended_with_us(run, error)):
+                    raise
         run.settle()
         if not run.interrupted:
             _conclude(run, hooks, watch)
@@ -197,12 +202,22 @@ def _after_batch(run: Run, hooks: Hooks, validation: Validation, limits: Limits)
     return not (whole and limits.stop())
 
 
+def _ended_with_us(run: Run, error: BaseException) -> bool:
+    """Whether a batch did not come because the signal that interrupts the run ended a loader's workers too. What was before is whole."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") != DataLoader.__module__:
+        trace = trace.tb_next
+    return bool(run.interrupted) and trace is not None and ("DataLoader worker" in str(error) or isinstance(error, ConnectionError))
+
+
 def _validated(run: Run, hooks: Hooks) -> bool:
     """Validates. A signal ends that, and no trace is left in metrics and generators: the run that goes on begins it again."""
     undo = remembered(*run.loaders["validate"]), run.metrics.remembered()
     try:
         hooks.evaluate(run, "validate")
-    except Interruption:
+    except (Interruption, RuntimeError, OSError) as error:
+        if not (isinstance(error, Interruption) or _ended_with_us(run, error)):
+            raise
         for put_back in undo:
             put_back()
         return False

@@ -39,7 +39,9 @@ class Limits:
         self.patience = 30 * options.accumulate_grad_batches if options.precision == "16-mixed" else 0
 
     def reached(self) -> bool:
-        """Whether no further epoch begins."""
+        """Whether no further epoch begins, and none is to be ended."""
+        if self.position.batch and self.run.is_last_batch and not self.run.interrupted:
+            return False  # a run that goes on after an epoch's last batch
         return self.position.epoch >= self.max_epochs or self.stop()
 
     def stop(self) -> bool:

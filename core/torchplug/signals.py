@@ -85,8 +85,7 @@ class _Watch:
             if get_worker_info() is None:  # a loader's worker waits for its run to end it
                 _as_before(number, frame, earlier)
             return
-        if number == signal.SIGINT and self._pressed:  # it is meant, and so is the next one
-            signal.signal(number, earlier)
+        if number == signal.SIGINT and self._pressed:
             if not callable(earlier):
                 raise KeyboardInterrupt
             earlier(number, frame)

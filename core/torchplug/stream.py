@@ -37,11 +37,12 @@ class Stream:
         self.samplers = places_of(loader)
         dataset, workers = getattr(loader, "dataset", None), workers_of(loader)
         kept = dataset if workers == 0 and has_state(dataset) else None
-        itself = has_state(loader) and (self.indices is None or (workers > 0 and has_state(dataset)))
+        itself = has_state(loader) and self.indices is None
         self.keeper = loader if itself else kept  # who else remembers a place in an epoch, if anybody does
         self.between = kept  # who remembers something between two epochs: an iterator and its workers are gone by then
         if kept is None and itself and (not isinstance(loader, DataLoader) or (workers > 0 and loader.persistent_workers)):
             self.between = loader
+        self._cut = False  # whether the limit ended an epoch
         self._start: dict[str, Any] | None = None  # generators and samplers as they were when the epoch began
         self._loaded: dict[str, Any] | None = None  # the state to go on from, until the data are asked for a batch
 
@@ -61,7 +62,13 @@ class Stream:
         else:
             self._start, self._loaded = self._now(), None
             batches = begin(self.loader, number, 0)
-        return batches if self.limit is None else islice(batches, self.limit - seen)
+        return batches if self.limit is None else self._limited(batches, self.limit - seen)
+
+    def _limited(self, batches: Iterator[Any], left: int) -> Iterator[Any]:
+        self._cut = False
+        for number, batch in enumerate(islice(batches, left), 1):
+            self._cut = number == left
+            yield batch
 
     def _rest(self, number: int, seen: int) -> Iterator[Any]:
         """The epoch from batch ``seen`` on. Nothing happens before the first batch is asked for."""
@@ -74,11 +81,7 @@ class Stream:
         def ready() -> None:
             self._put({**now, "samplers": []})  # samplers have drawn themselves to their place
 
-        if self.keeper is self.loader:
-            batches = iter(self.loader) if self.indices is None else begin(self.loader, number, 0)
-            ready()
-            yield from batches
-        elif self.indices is not None and state["counted"]:
+        if self.indices is not None and state["counted"]:
 
             def resume(source: Iterator[Any]) -> Iterator[Any]:
                 source = self._passed(source, seen, state)
@@ -87,8 +90,8 @@ class Stream:
 
             self.indices.resume = resume
             yield from begin(self.loader, number, 0)
-        elif self.keeper is not None and self.indices is None:
-            batches = iter(self.loader)
+        elif self.keeper is not None and self.indices is None:  # it goes on by itself
+            batches = begin(self.loader, number, 0)
             ready()
             yield from batches
         elif isinstance(self.loader, Sequence):
@@ -134,16 +137,16 @@ class Stream:
         """An epoch from its beginning, with something that remembers a place and may think that it is in the epoch before."""
         assert self._loaded is not None
         state, now, self._loaded = self._loaded, self._now(), None
-        if self.samplers and state["start"] is not None:
+        if self.samplers and state["cut"]:
             assert self.indices is not None
             self._put(state["start"])
             self._passed(iter(self.indices.inner), state["drawn"], state)
             self._put({**now, "samplers": []})
         self._start = {**now, "samplers": state["samplers"]}
-        if isinstance(self.between, DataLoader):  # what it was given to load belongs to its first iterator alone
+        if state["cut"] and isinstance(self.between, DataLoader):  # what it was given to load belongs to its first iterator alone
             begin(self.loader, number, 0)
             self._put({**now, "samplers": []})
-        elif self.between is not None and self.limit is not None and self.indices is None:
+        elif state["cut"] and self.between is not None and self.indices is None:
             self._renew(state["between"])
             self._put({**now, "samplers": []})
         batches = begin(self.loader, number, 0)
@@ -199,11 +202,12 @@ class Stream:
         indices, dataset = self.indices, getattr(self.loader, "dataset", None)
         ended = type(dataset) is Tracked and dataset._ended
         edge = not seen or seen == self.limit or ended
-        cut = bool(self.samplers) and indices is not None and not indices.ended  # by a limit: samplers are in the middle of their epoch
+        cut = self._cut if not seen else seen == self.limit
         return {
             "own": self._own(),
             "samplers": self._places(),
             "start": self._start if seen or cut else None,
+            "cut": cut,
             "drawn": indices.drawn if indices is not None and indices.counts else seen,
             "exhausted": indices is not None and indices.ended,
             "counted": indices is not None and indices.tells(seen),
