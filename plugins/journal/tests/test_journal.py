@@ -163,13 +163,13 @@ def test_hyperparameters_of_every_kind_are_written_readably(tmp_path):
             super().__init__()
             weights, many = torch.tensor([0.5, 0.25]), torch.zeros(5000)
             self.save_hyperparameters({"lr": 0.1, "wait": timedelta(seconds=2), "data": Path("a/b"), "size": Size.SMALL,
-                                       "weights": weights, "many": many, "by": {(1, 2): "pair", 3: None}})  # fmt: skip
+                                       "weights": weights, "many": many, "by": {"pair": (1, 2), 3: None}})  # fmt: skip
 
     t = trainer(tmp_path)
     t.test(Described(), loader())
     values = one(read(t.run.dir), "log_hyperparameters")["hyperparameters"]
     assert values.pop("many").startswith("tensor([0., 0.,")
-    assert values == {"lr": 0.1, "wait": 2.0, "data": "a/b", "size": 1, "weights": [0.5, 0.25], "by": {"(1, 2)": "pair", "3": None}}
+    assert values == {"lr": 0.1, "wait": 2.0, "data": "a/b", "size": 1, "weights": [0.5, 0.25], "by": {"pair": [1, 2], "3": None}}
 
 
 class Talker:
