@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
 import logging
 import random
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,13 +19,25 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler, ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler, Subset,
-    SubsetRandomSampler, WeightedRandomSampler, get_worker_info,
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+    get_worker_info,
 )  # fmt: skip
 
 import torchplug
 from torchplug import hookimpl
-from torchplug.seed import generator_state
+from torchplug.loaders import close
+from torchplug.seed import generator_state, own_generators
 
 SAMPLES, BATCHES, EPOCHS = 9, 5, 2
 
@@ -137,14 +149,14 @@ class RememberedSampler(Remembered, Sampler):
 class FlowSamples:
     """What iterable data sets with a state have in common: samples that are drawn from a generator of their own too."""
 
-    def __init__(self) -> None:
+    def __init__(self, draws: bool = True) -> None:
         super().__init__()
         self.loads = torch.zeros(SAMPLES, dtype=torch.int32).share_memory_()
-        self.generator = torch.Generator().manual_seed(4)
+        self.generator, self.draws = torch.Generator().manual_seed(4), draws
 
     def give(self, index: int) -> Any:
         self.loads[index] += 1
-        return {"index": torch.tensor(index), "drawn": draws(), "own": torch.rand((), generator=self.generator)}
+        return {"index": torch.tensor(index), "drawn": draws(), "own": torch.rand((), generator=self.generator) if self.draws else 0}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "generator": self.generator.get_state()}
@@ -337,6 +349,7 @@ BY_THEMSELVES: dict[str, Callable[..., Any]] = {  # without workers alone
     "data set with a state": lambda: DataLoader(Learning(), 2, shuffle=True),
     "flow with a state, that goes back": lambda: DataLoader(Flow(), 2),
     "flow with a state, that remembers": lambda: DataLoader(RememberedFlow(), 2),
+    "flow with a state, that remembers and draws nothing": lambda: DataLoader(RememberedFlow(draws=False), 2),
     "flow with a state, batches that are all full": lambda: DataLoader(Flow(), 3),
     "a list": lambda: [{"index": torch.tensor([i, i + 1])} for i in range(BATCHES)],
 }
@@ -453,6 +466,7 @@ def fit(trainer: Any) -> Fit:
         loader, module = make(), Watcher()
         made = trainer(**{"max_epochs": EPOCHS, "plugins": list(plugins), **options})
         made.fit(module, loader, ckpt_path=start if isinstance(start, Path) else None)
+        close(made.run.loaders["train"][0])
         return Seen(module.batches, flat(generator_state()), module.weight.tolist(), loads_of(loader))
 
     return run
@@ -518,6 +532,7 @@ LIMITED = [
     "subclass",
     "data set with a state",
     "flow with a state, that goes back",
+    "flow with a state, that remembers and draws nothing",
     "a list",
 ]
 
@@ -525,7 +540,8 @@ LIMITED = [
 @pytest.mark.parametrize("kind", LIMITED)
 def test_epochs_that_a_limit_cuts_are_those_of_a_loop_by_hand_and_go_on(kind: str, fit: Fit, tmp_path: Path) -> None:
     make = KINDS.get(kind) or BY_THEMSELVES[kind]
-    whole = goes_on(fit, make, tmp_path / "saved", Way(), limit_train_batches=3, max_epochs=3)
+    way = Way(counted=not kind.startswith("flow"))  # samples are loaded to see what a new iterator does
+    whole = goes_on(fit, make, tmp_path / "saved", way, limit_train_batches=3, max_epochs=3)
     assert whole == by_hand(make, limit=3, epochs=3)
 
 
@@ -554,6 +570,18 @@ def test_a_subclass_that_never_asks_its_sampler_goes_on(fit: Fit, tmp_path: Path
 
 QUICK = ["sampler that draws as it goes", "sampler with a state, that remembers", "tuples of indices", "persistent workers, own generator"]
 WITH_WORKERS = {**KINDS, **PREFETCHING}
+FEW = [
+    "shuffled",
+    "own generator",
+    "sampler that draws at once",
+    "sampler with a state, that goes back",
+    "sampler with a state, that remembers",
+    "sampler with generators that it keeps",
+    "no batches",
+    "subclass",
+    "persistent workers",
+    "persistent workers, own generator",
+]
 
 
 def with_workers(kind: str, workers: int) -> Callable[[], Any]:
@@ -570,25 +598,24 @@ def test_with_workers_the_order_is_that_of_a_loop_by_hand_and_goes_on(kind: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_WORKERS)
-def test_with_workers_any_loader_goes_on_after_any_batch(kind: str, fit: Fit, tmp_path: Path) -> None:
+def test_with_workers_any_loader_goes_on(kind: str, fit: Fit, tmp_path: Path) -> None:
     make = with_workers(kind, 2)
-    whole, hand = goes_on(fit, make, tmp_path / "saved", Way()), by_hand(make)
+    whole, hand = goes_on(fit, make, tmp_path / "saved", Way(["01", "04", "05", "05-edge", "07"])), by_hand(make)
     assert indices(whole.batches) == indices(hand.batches)
     assert (whole.generators, whole.loads) == (hand.generators, hand.loads)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", WITH_WORKERS)
+@pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_run_goes_on_with_another_number_of_workers(kind: str, workers: int, fit: Fit, tmp_path: Path) -> None:
-    way = Way(["01", "04", "04-edge", "05", "05-edge", "07"], again=with_workers(kind, workers))
-    goes_on(fit, with_workers(kind, 2), tmp_path / "saved", way)
+    goes_on(fit, with_workers(kind, 2), tmp_path / "saved", Way(["01", "04", "05-edge", "07"], again=with_workers(kind, workers)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", WITH_WORKERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_with_workers_epochs_that_a_limit_cuts_go_on(kind: str, fit: Fit, tmp_path: Path) -> None:
-    way = Way(["01", "03", "03-edge", "05", "06", "06-edge"], counted=False)  # workers load ahead
+    way = Way(["01", "03", "03-edge", "05", "06-edge"], counted=False)  # workers load ahead
     goes_on(fit, with_workers(kind, 2), tmp_path / "saved", way, limit_train_batches=3, max_epochs=3)
 
 
@@ -596,3 +623,290 @@ def test_with_workers_epochs_that_a_limit_cuts_go_on(kind: str, fit: Fit, tmp_pa
 @pytest.mark.parametrize("kind", [Choosy, Foresighted, Headstrong])
 def test_with_workers_a_subclass_that_does_as_it_likes_goes_on(kind: type, fit: Fit, tmp_path: Path) -> None:
     goes_on(fit, lambda: kind(Augmented(), 2, shuffle=True, num_workers=2), tmp_path / "saved", Way(counted=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_begin_with_nothing_find_the_data_set(method: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "importable_data.py").write_text(
+        textwrap.dedent("""
+        import torch
+
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 9
+
+            def __getitem__(self, index):
+                return {"index": torch.tensor(index), "drawn": torch.rand(3, dtype=torch.float64)}
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    data = importlib.import_module("importable_data").Data()
+
+    def make(how: str = method) -> Any:
+        return DataLoader(data, 2, shuffle=True, num_workers=1, persistent_workers=True, multiprocessing_context=how)
+
+    assert goes_on(fit, make, tmp_path / "saved", Way(["03"])) == fit(lambda: make("fork"))
+    del sys.modules["importable_data"]
+
+
+# ---------------------------------------------------------------------- what workers draw
+
+
+def jittered(samples: list[Any]) -> Any:
+    """A collate function that draws too."""
+    return {**default_collate(samples), "own": draws()}
+
+
+class Validated(Watcher):
+    """Validates on random data as well, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated: list[Any] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(plain(batch))
+
+
+def plain_numbers(batches: list[Any]) -> list[Any]:
+    return [[*batch["drawn"], batch["own"]] for batch in batches]
+
+
+@pytest.fixture
+def numbers(trainer: Any) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """``numbers(workers)`` are those that training and validation batches of two epochs bring."""
+
+    def run(workers: int, start: Path | None = None, save: Path | None = None, **options: Any) -> tuple[list[Any], list[Any]]:
+        seed(5 if start is None else 77)
+        module = Validated()
+        made = trainer(max_epochs=2, plugins=[Saver(save, ["02", "05-edge"])] if save else [], val_check_interval=4)
+        loaders = [DataLoader(Augmented(), 2, shuffle=True, collate_fn=jittered, num_workers=workers, **options) for _ in range(2)]
+        made.fit(module, *loaders, ckpt_path=start)
+        for loader in (*made.run.loaders["train"], *made.run.loaders["validate"]):
+            close(loader)
+        return plain_numbers(module.batches), plain_numbers(module.validated)
+
+    return run
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_what_workers_draw_is_the_same_for_any_number_of_them_and_new_each_time(persistent: bool, numbers: Any) -> None:
+    trained, validated = numbers(1, persistent_workers=persistent)
+    assert numbers(2, persistent_workers=persistent) == (trained, validated)
+    each = [number for batch in (*trained, *validated) for sample in batch for number in sample]
+    assert len(each) == len(set(each)) == 2 * (2 * 9 + 2 * 5) * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_workers_draw_is_the_same_wherever_a_run_was_stopped(persistent: bool, workers: int, numbers: Any, tmp_path: Path) -> None:
+    trained, validated = numbers(2, save=tmp_path / "saved", persistent_workers=persistent)
+    assert numbers(3, persistent_workers=persistent) == (trained, validated)
+    assert numbers(workers, tmp_path / "saved" / "02", persistent_workers=persistent) == (trained[2:], validated)
+    assert numbers(workers, tmp_path / "saved" / "05-edge", persistent_workers=persistent) == (trained[5:], validated[5:])
+
+
+class Repeated(DataLoader):
+    """Every epoch is two passes."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(2):
+            yield from super().__iter__()
+
+
+def test_workers_draw_new_numbers_in_a_second_pass_of_the_same_epoch(fit: Fit) -> None:
+    seen = fit(lambda: Repeated(Augmented(), 2, num_workers=1), max_epochs=1)
+    each = [number for batch in seen.batches for sample in batch["drawn"] for number in sample]
+    assert len(each) == len(set(each)) == 2 * SAMPLES * 3
+
+
+# ---------------------------------------------------------------------- the user's own loader
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "batches of a sampler with a generator", "subclass", "a batch at once"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_is_after_a_run_what_it_was_before(kind: str, workers: int, fit: Fit) -> None:
+    used, fresh = KINDS[kind](num_workers=workers), KINDS[kind](num_workers=workers)
+    before = dict(vars(used))
+    fit(lambda: used)
+    assert vars(used) == before
+    for loader in (used, fresh):
+        for generator in own_generators([loader]):
+            generator.manual_seed(8)
+    seed(8)
+    by_used = [plain(batch) for batch in used]
+    seed(8)
+    assert by_used == [plain(batch) for batch in fresh]
+
+
+def test_a_loader_with_persistent_workers_keeps_its_own(fit: Fit) -> None:
+    loader = KINDS["shuffled"](num_workers=1, persistent_workers=True)
+    list(loader)
+    workers = loader._iterator
+    fit(lambda: loader)
+    assert loader._iterator is workers and len(list(loader)) == BATCHES
+    del loader._iterator
+
+
+def test_one_loader_may_be_trained_and_validated_on(trainer: Any) -> None:
+    loader, module = DataLoader(Augmented(), 2, shuffle=True, collate_fn=jittered), Validated()
+    trainer(max_epochs=2).fit(module, loader, loader)
+    assert [sorted(index for batch in epoch for index in batch["index"]) for epoch in (module.batches[:5], module.validated[5:])] == [
+        list(range(SAMPLES))
+    ] * 2
+
+
+# ---------------------------------------------------------------------- data that cannot be reached by index
+
+SAID = "a run that is resumed in mid-epoch loads the batches that were seen once more"
+
+
+class Own:
+    """An iterable of batches that is nothing else."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(BATCHES):
+            yield {"index": torch.randint(100, (2,)), "drawn": draws()}
+
+
+class OwnWithState(Place):
+    """An iterable of batches that can say where it is."""
+
+    def give(self, index: int) -> Any:
+        return {"index": torch.tensor([index]), "drawn": draws()}
+
+
+class Lazy(Sequence):
+    """Batches by number, each made when it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __getitem__(self, number: int) -> Any:
+        if number >= BATCHES:
+            raise IndexError(number)
+        self.asked.append(number)
+        return {"index": torch.tensor([number]), "drawn": draws()}
+
+
+@pytest.mark.parametrize("make", [Own, lambda: DataLoader(Shards(), 2)], ids=["own", "iterable data set"])
+def test_data_without_a_state_are_passed_over_which_is_said_at_the_start(make: Any, fit: Fit, tmp_path: Path, caplog: Any) -> None:
+    assert goes_on(fit, make, tmp_path / "saved", Way(counted=False)) == by_hand(make)
+    caplog.clear()
+    fit(make)
+    said = [record for record in caplog.records if SAID in record.message]
+    assert [record.levelno for record in said] == [logging.INFO]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_an_iterable_data_set_go_on(persistent: bool, fit: Fit, tmp_path: Path) -> None:
+    def make() -> Any:
+        return DataLoader(Shards(), 2, num_workers=2, persistent_workers=persistent)
+
+    assert goes_on(fit, make, tmp_path / "saved", Way(["01", "05", "06", "06-edge", "08"], counted=False)) == by_hand(make)
+
+
+def test_an_iterable_with_a_state_goes_on_at_its_place(fit: Fit, tmp_path: Path, caplog: Any) -> None:
+    assert goes_on(fit, OwnWithState, tmp_path / "saved", Way()) == by_hand(OwnWithState)
+    assert SAID not in caplog.text
+
+
+def test_batches_by_number_are_made_once(fit: Fit, tmp_path: Path, caplog: Any) -> None:
+    made: list[Lazy] = []
+
+    def make() -> Lazy:
+        made.append(Lazy())
+        return made[-1]
+
+    goes_on(fit, make, tmp_path / "saved", Way(["03"]))
+    assert made[-1].asked == [3, 4, 0, 1, 2, 3, 4]
+    assert SAID not in caplog.text
+
+
+def test_a_data_set_whose_state_workers_keep_to_themselves_is_said_at_the_start(fit: Fit, caplog: Any) -> None:
+    fit(lambda: DataLoader(Learning(), 2, num_workers=1), max_epochs=1)
+    assert "Learning has a state, but workers have copies of it that a DataLoader cannot ask" in caplog.text
+
+
+def test_batches_in_any_order_are_said_at_the_start(fit: Fit, caplog: Any) -> None:
+    fit(lambda: DataLoader(Augmented(), 2, num_workers=1, in_order=False), max_epochs=1)
+    assert "in_order=False gives batches in any order" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sampler with a state, that remembers", "data set with a state", "a list"])
+def test_nothing_is_said_of_data_whose_place_is_exact(kind: str, fit: Fit, caplog: Any) -> None:
+    fit(KINDS.get(kind) or BY_THEMSELVES[kind])
+    assert not [record for record in caplog.records if "resumed" in record.message or "state" in record.message]
+
+
+# ---------------------------------------------------------------------- torchdata
+
+
+@pytest.fixture
+def stateful() -> Any:
+    """torchdata's loader, which says of itself where it is."""
+    return pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+
+TORCHDATA_KINDS: dict[str, Callable[..., Any]] = {
+    "map": lambda loader, **o: loader(Augmented(), 2, shuffle=True, **o),
+    "map, own generator": lambda loader, **o: loader(Augmented(), 2, shuffle=True, generator=own(), **o),
+    "map with a state": lambda loader, **o: loader(Learning(), 2, shuffle=True, **o),
+    "flow that goes back": lambda loader, **o: loader(Flow(), 2, **o),
+    "flow that remembers": lambda loader, **o: loader(RememberedFlow(), 2, **o),
+    "flow that remembers and draws nothing": lambda loader, **o: loader(RememberedFlow(draws=False), 2, **o),
+    "flow that remembers, full batches": lambda loader, **o: loader(RememberedFlow(), 3, **o),
+}
+LASTING = ["map", "map, own generator", "map with a state", "flow that goes back"]  # a worker that has not begun says where it ended
+ENDLESS = ["flow that remembers", "flow that remembers, full batches"]  # whose own generator nobody can put back without its place
+
+
+@TORCHDATA
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [*((kind, None) for kind in TORCHDATA_KINDS), *((kind, 2) for kind in TORCHDATA_KINDS if kind not in ENDLESS)],
+)
+def test_a_stateful_loader_goes_on(kind: str, limit: int | None, stateful: Any, fit: Fit, tmp_path: Path) -> None:
+    def make() -> Any:
+        return TORCHDATA_KINDS[kind](stateful)
+
+    options = {} if limit is None else {"limit_train_batches": limit}
+    whole = goes_on(fit, make, tmp_path / "saved", Way(counted=limit is None), max_epochs=3, **options)
+    assert whole == by_hand(make, limit, epochs=3)
+
+
+@TORCHDATA
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("kind", TORCHDATA_KINDS)
+def test_a_stateful_loader_with_workers_goes_on(kind: str, limit: int | None, stateful: Any, fit: Fit, tmp_path: Path) -> None:
+    def make() -> Any:
+        return TORCHDATA_KINDS[kind](stateful, num_workers=2)
+
+    stateful_goes_on(make, kind, limit, fit, tmp_path / "saved")
+
+
+@TORCHDATA
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "limit"), [*((kind, None) for kind in LASTING), ("map", 2), ("map, own generator", 2)])
+def test_a_stateful_loader_with_persistent_workers_goes_on(kind: str, limit: int | None, stateful: Any, fit: Fit, tmp_path: Path) -> None:
+    def make() -> Any:
+        return TORCHDATA_KINDS[kind](stateful, num_workers=2, persistent_workers=True)
+
+    stateful_goes_on(make, kind, limit, fit, tmp_path / "saved")
+
+
+def stateful_goes_on(make: Callable[[], Any], kind: str, limit: int | None, fit: Fit, folder: Path) -> None:
+    options = {} if limit is None else {"limit_train_batches": limit}
+    ends = ["01", "02", "02-edge", "03"] if limit else ["01", "05", "05-edge", "06", "06-edge", "07"]
+    by_index = kind in ("map", "map, own generator")
+    whole = goes_on(fit, make, folder, Way(ends, counted=by_index and limit is None, content=by_index), **options)
+    assert indices(whole.batches) == indices(by_hand(make, limit).batches)

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchplug.seed import preserved, remembered
 
 __all__ = [
-    "Indices", "Tracked", "begin", "close", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of", "set_working", "workers_of",
-    "working",
+    "Indices", "Tracked", "begin", "by_number", "close", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of",
+    "set_working", "workers_of", "working",
 ]  # fmt: skip
 
 WORKING = "_torchplug_working"  # an attribute of the copies that `exact` makes
@@ -345,6 +345,11 @@ def workers_of(loader: Any) -> int:
     return getattr(loader, "num_workers", 0)
 
 
+def by_number(loader: Any) -> bool:
+    """Whether a loader is a sequence of batches, and gives them in their order."""
+    return isinstance(loader, Sequence) and type(loader).__iter__ in (list.__iter__, tuple.__iter__, Sequence.__iter__)
+
+
 def begin(loader: Any, *place: int) -> Iterator[Any]:
     """A new iterator over ``loader``; its workers draw what belongs to ``place``, the epoch and the batch of the run."""
     indices = indices_of(loader)
@@ -375,7 +380,7 @@ def explained(loader: Any) -> str:
     workers, dataset = workers_of(loader), getattr(loader, "dataset", None)
     if workers and not getattr(loader, "in_order", True):
         return "in_order=False gives batches in any order: a run that is resumed in mid-epoch may see some twice and others never"
-    if isinstance(loader, Sequence) or indices_of(loader) is not None:
+    if by_number(loader) or indices_of(loader) is not None:
         if workers and has_state(dataset):
             return (
                 f"{dataset.__class__.__name__} has a state, but workers have copies of it that a DataLoader cannot ask: it is not "

@@ -18,7 +18,7 @@ from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
-from torchplug.state import go_on
+from torchplug.state import go_on, metric_objects
 from torchplug.stream import begin
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _conclude(run: Run, hooks: Hooks, watch: LossWatch) -> None:
     """Training is over by itself."""
     watch.conclude()
     if run.position.batch:  # in the middle of an epoch, whose sums a run that goes on needs
-        run.metrics.freeze()
+        run.metrics.freeze(dict(metric_objects(run.module)))
     _record(run, hooks, run.metrics.step_record())
     run.metrics.finish()
     hooks.on_train_end(run)

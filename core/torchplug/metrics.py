@@ -7,7 +7,7 @@ values at a time and on the CPU in the order in which they came, so that they eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -210,7 +210,7 @@ class Metrics:
             self._pass, self.size = outer, size
             self._series = outer.by_loader[outer.loader] if outer.in_batches else {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, objects: Mapping[str, Any], over: bool) -> dict[str, Any]:
         """All values, what the epoch has added up so far, and which of them loggers have not got yet."""
         if self._frozen is not None:
             return self._frozen
@@ -218,20 +218,20 @@ class Metrics:
         train = self._pass.by_loader[0] if self._pass.stage == "train" else {}
         return {
             "published": published, "unsent": list(self._unsent), "names": list(self.names), "serial": self._serial,
-            "complete": self.complete, "validated": self.validated, "series": [each.state_dict() for each in train.values()],
+            "complete": self.complete, "validated": self.validated, "series": [each.state_dict(objects, over) for each in train.values()],
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device, objects: Mapping[str, Any]) -> None:
         """Puts back what `state_dict` gave; inside of the pass over the training data, its sums too."""
         self._published = {name: _Published(*entry) for name, entry in state["published"].items()}
         self._unsent, self.names = dict.fromkeys(state["unsent"]), dict.fromkeys(state["names"])
         self._serial, self.complete, self.validated = state["serial"], state["complete"], state["validated"]
         if self._pass.stage == "train":
-            self._pass.by_loader[0] = {each["name"]: Series.of(each, device) for each in state["series"]}
+            self._pass.by_loader[0] = {each["name"]: Series.of(each, device, objects) for each in state["series"]}
 
-    def freeze(self) -> None:
+    def freeze(self, objects: Mapping[str, Any]) -> None:
         """Training ends in the middle of an epoch: `state_dict` stays what it is now, whatever is still concluded from it."""
-        self._frozen = self.state_dict()
+        self._frozen = self.state_dict(objects, over=False)
 
     def batches(self, loader: int = 0) -> None:
         """Batches of a loader begin: what is logged from now on is accumulated."""

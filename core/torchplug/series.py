@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,20 +69,27 @@ class Series:
         self.pending.clear()
         self.weights.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was logged and not yet reduced; adding it up first changes no bit of the result."""
+    def state_dict(self, objects: Mapping[str, Any], over: bool) -> dict[str, Any]:
+        """What was logged and not yet reduced; adding it up first changes no bit of the result. Of a metric object it is where it
+        is found among ``objects``; of a function that reduces, what it comes to if the epoch's batches are ``over``."""
         if self.pending:
             self.fold()
         names = ("name", "on_epoch", "on_step", "last", "unsent", "touched", "total", "weight", "everything")
         options = [*self.options[:4], self.reduce if isinstance(self.reduce, str) else FUNCTION, self.options[5]]
-        return {"options": options, "object": self.source is not None, **{name: getattr(self, name) for name in names}}
+        found = next((path for path, each in objects.items() if each is self.source), "")
+        values = {name: getattr(self, name) for name in names}
+        if over and callable(self.reduce) and self.everything:  # nothing is logged any more that would bring the function
+            values["total"] = _tensor(self.reduce(torch.cat(self.everything)))
+        return {"options": options, "object": None if self.source is None else found, **values}
 
     @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device) -> Series:
+    def of(cls, state: dict[str, Any], device: torch.device, objects: Mapping[str, Any]) -> Series:
         """The series that a `state_dict` was taken of. Its options are a list, which equals no options of ``log``, if the next
         ``log`` has to bring the metric object, or the function that reduces."""
-        waits = state["object"] or state["options"][4] == FUNCTION
+        source = objects.get(state["object"])
+        waits = (state["object"] is not None and source is None) or state["options"][4] == FUNCTION
         series = cls(state["name"], state["options"] if waits else tuple(state["options"]), state["on_step"], state["on_epoch"])
+        series.source = source
         for name in ("last", "unsent", "touched", "weight"):
             setattr(series, name, state[name])
         series.total = None if state["total"] is None else state["total"].to(device)

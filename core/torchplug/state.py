@@ -43,6 +43,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     }
     if weights_only:
         return state
+    objects = dict(metric_objects(run.module))
     return {
         **state,
         "loop": {"validated": run.validated},
@@ -56,7 +57,10 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         "generators": generator_state(),
         "data": _data(run) if "train" in run.loaders else None,
-        "metrics": {"values": run.metrics.state_dict(), "objects": {path: sums(each) for path, each in metric_objects(run.module)}},
+        "metrics": {
+            "values": run.metrics.state_dict(objects, run.is_last_batch),
+            "objects": {path: sums(each) for path, each in objects.items()},
+        },
         "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
         "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
     }
@@ -153,7 +157,7 @@ def go_on(run: Run) -> None:
     if not loaded:
         return
     if "metrics" in loaded:
-        run.metrics.load_state_dict(loaded["metrics"]["values"], run.device)
+        run.metrics.load_state_dict(loaded["metrics"]["values"], run.device, dict(metric_objects(run.module)))
     if "rng" in loaded:
         restore_generators(loaded["rng"])
     run.stream.restore()
@@ -196,8 +200,8 @@ def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None)
     elif part == "metrics":
         if not state["metrics"]:
             return False
-        run.metrics.load_state_dict(state["metrics"]["values"], run.device)
         objects = dict(metric_objects(run.module))
+        run.metrics.load_state_dict(state["metrics"]["values"], run.device, objects)
         for name, saved in state["metrics"]["objects"].items():
             if name in objects:
                 vars(objects[name]).update(_on(run.device, saved))

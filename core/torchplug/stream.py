@@ -8,17 +8,32 @@ of saving in place before the next batch is loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchplug.loaders import Tracked, begin, exact, explained, has_state, indices_of, places_of, samplers_of, set_working, workers_of, working
+from torchplug.loaders import (
+    Tracked,
+    begin,
+    by_number,
+    exact,
+    explained,
+    has_state,
+    indices_of,
+    places_of,
+    samplers_of,
+    set_working,
+    workers_of,
+    working,
+)
 from torchplug.seed import generator_state, own_generators, restore_generators
 
 __all__ = ["Stream", "begin", "exact", "explained", "has_state"]
+
+PARTS = ("own", "samplers", "start", "cut", "drawn", "exhausted", "counted", "working", "ended", "keeper", "between")
 
 
 class Stream:
@@ -38,8 +53,8 @@ class Stream:
         dataset, workers = getattr(loader, "dataset", None), workers_of(loader)
         kept = dataset if workers == 0 and has_state(dataset) else None
         itself = has_state(loader) and self.indices is None
-        self.keeper = loader if itself else kept  # who else remembers a place in an epoch, if anybody does
-        self.between = kept  # who remembers something between two epochs: an iterator and its workers are gone by then
+        self.keeper: Any = loader if itself else kept  # who else remembers a place in an epoch, if anybody does
+        self.between: Any = kept  # who remembers something between two epochs: an iterator and its workers are gone by then
         if kept is None and itself and (not isinstance(loader, DataLoader) or (workers > 0 and loader.persistent_workers)):
             self.between = loader
         self._cut = False  # whether the limit ended an epoch
@@ -77,6 +92,8 @@ class Stream:
         self._start = state["start"]
         self._put(state["start"])
         set_working(self.loader, state["start"]["working"])
+        if self.keeper is not None:
+            self.keeper.load_state_dict(state["keeper"])
 
         def ready() -> None:
             self._put({**now, "samplers": []})  # samplers have drawn themselves to their place
@@ -94,7 +111,7 @@ class Stream:
             batches = begin(self.loader, number, 0)
             ready()
             yield from batches
-        elif isinstance(self.loader, Sequence):
+        elif by_number(self.loader):
             ready()
             yield from map(self.loader.__getitem__, range(seen, len(self.loader)))
         else:
@@ -141,14 +158,13 @@ class Stream:
             assert self.indices is not None
             self._put(state["start"])
             self._passed(iter(self.indices.inner), state["drawn"], state)
-            self._put({**now, "samplers": []})
+        else:
+            for sampler, own in zip(self.samplers, state["samplers"], strict=True):
+                sampler.load_state_dict(own)
+        if self.between is not None and state["between"] is not None:
+            self._begin_anew(state["between"], state["cut"])
+        self._put({**now, "samplers": []})
         self._start = {**now, "samplers": state["samplers"]}
-        if state["cut"] and isinstance(self.between, DataLoader):  # what it was given to load belongs to its first iterator alone
-            begin(self.loader, number, 0)
-            self._put({**now, "samplers": []})
-        elif state["cut"] and self.between is not None and self.indices is None:
-            self._renew(state["between"])
-            self._put({**now, "samplers": []})
         batches = begin(self.loader, number, 0)
         first = list(islice(batches, 1))
         if not first:
@@ -157,11 +173,11 @@ class Stream:
         yield from first
         yield from batches
 
-    def _renew(self, state: dict[str, Any]) -> None:
-        """Lets something that remembers a place begin as it would after an iterator that was not used up.
+    def _begin_anew(self, state: dict[str, Any], cut: bool) -> None:
+        """Lets something that remembers a place begin an epoch as it would after the one before, which may have been cut off.
 
-        A new iterator may go on where the one before was left, or begin anew, unless a state was loaded in between. Which it is
-        shows when a few samples are asked for.
+        After that a new iterator may go on where the one before was left, or begin anew, unless a state was loaded in between: which
+        it does shows when a few samples are asked for. What a DataLoader is given to load belongs to its first iterator alone.
         """
 
         def after(iterators: int) -> Any:
@@ -171,9 +187,13 @@ class Stream:
                     pass
             return copy.deepcopy(self.between.state_dict())
 
-        begins_anew = not _alike(after(1), after(2))
+        used = 0
+        if cut and isinstance(self.between, DataLoader):
+            used = 1
+        elif cut and self.indices is None:
+            used = not _alike(after(1), after(2))
         self.between.load_state_dict(state)
-        if begins_anew:
+        if used:
             for _ in islice(self.between, 1):
                 pass
 
@@ -201,36 +221,30 @@ class Stream:
             return {**self._loaded, "own": self._own()}
         indices, dataset = self.indices, getattr(self.loader, "dataset", None)
         ended = type(dataset) is Tracked and dataset._ended
-        edge = not seen or seen == self.limit or ended
-        cut = self._cut if not seen else seen == self.limit
+        cut = seen == self.limit if seen else self._cut
+        begun = self._start is not None or self.between is not self.loader  # a loader that is asked too early makes an iterator
         return {
             "own": self._own(),
             "samplers": self._places(),
             "start": self._start if seen or cut else None,
             "cut": cut,
-            "drawn": indices.drawn if indices is not None and indices.counts else seen,
-            "exhausted": indices is not None and indices.ended,
+            "drawn": indices.drawn if indices is not None and indices.counts and (seen or cut) else seen,
+            "exhausted": indices is not None and indices.counts and indices.ended and (seen > 0 or cut),
             "counted": indices is not None and indices.tells(seen),
             "working": [working(loader) for loader in self.loaders],
             "ended": ended,
-            "keeper": None if edge or self.keeper is None else self.keeper.state_dict(),
-            "between": self.between.state_dict() if edge and self.between is not None else None,
+            "keeper": self.keeper.state_dict() if self.keeper is not None and seen else None,
+            "between": self.between.state_dict() if self.between is not None and begun and (cut or ended or not seen) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from ``state`` when the next epoch is asked for. The global generators are not its business.
+        """Goes on from ``state`` when the next epoch is asked for a batch. The global generators are not its business.
 
         Raises:
             ValueError: the loaders have other generators, or samplers with a state, than those of the state.
         """
         self.check(state)
-        self._loaded = {name: state[name] for name in self.state_dict(0)}
-        for one, part in ((self.keeper, "keeper"), (self.between, "between")):
-            if one is not None and state[part] is not None:
-                one.load_state_dict(state[part])
-        if state["start"] is None:  # otherwise they draw themselves to their place
-            for sampler, own in zip(self.samplers, state["samplers"], strict=True):
-                sampler.load_state_dict(own)
+        self._loaded = {name: state[name] for name in PARTS}
         for loader, was in zip(self.loaders, state["working"], strict=False):
             set_working(loader, was)
         self.restore()
