@@ -18,7 +18,7 @@ from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
-from torchplug.state import go_on, metric_objects
+from torchplug.state import freeze_metrics, go_on
 from torchplug.stream import begin
 
 if TYPE_CHECKING:
@@ -108,19 +108,20 @@ def fit(run: Run, hooks: Hooks) -> None:
             except (RuntimeError, OSError) as error:
                 if not (run.window_ends and _ended_with_us(run, error)):
                     raise
-        run.settle()
         if not run.interrupted:
             _conclude(run, hooks, watch)
             run.ended = run.state()
+        run.settle()
         run.training = False
     run.position.stage = ""
 
 
 def _conclude(run: Run, hooks: Hooks, watch: LossWatch) -> None:
     """Training is over by itself."""
+    run.settle()
     watch.conclude()
     if run.position.batch:  # in the middle of an epoch, whose sums a run that goes on needs
-        run.metrics.freeze(dict(metric_objects(run.module)))
+        freeze_metrics(run)
     _record(run, hooks, run.metrics.step_record())
     run.metrics.finish()
     hooks.on_train_end(run)

@@ -100,6 +100,7 @@ class Metrics:
         self._pass = _Pass("")
         self._series: dict[str, Series] = {}  # of the batches that are running; empty outside of batches
         self._frozen: dict[str, Any] | None = None
+        self.frozen_sums: dict[str, Any] = {}  # of metric objects, by their path in the module
 
     # ------------------------------------------------------------------ logging
 

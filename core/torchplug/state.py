@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchplug.stream import has_state
 if TYPE_CHECKING:
     from torchplug.run import Run
 
-__all__ = ["Resumption", "collect", "go_on", "restore", "versions"]
+__all__ = ["Resumption", "collect", "freeze_metrics", "go_on", "restore", "versions"]
 
 # ---------------------------------------------------------------------- out of a run
 
@@ -59,7 +59,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         "data": _data(run) if "train" in run.loaders else None,
         "metrics": {
             "values": run.metrics.state_dict(objects, run.is_last_batch),
-            "objects": {path: sums(each) for path, each in objects.items()},
+            "objects": run.metrics.frozen_sums or {path: sums(each) for path, each in objects.items()},
         },
         "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
         "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
@@ -79,6 +79,13 @@ def _data(run: Run) -> dict[str, Any]:
     """The place in the data, and what a data module remembers."""
     own = run.datamodule.state_dict() if has_state(run.datamodule) else None
     return {"facts": facts(run), "datamodule": own, **run.stream.state_dict(run.position.batch)}
+
+
+def freeze_metrics(run: Run) -> None:
+    """Training ends in the middle of an epoch: what it has added up is concluded now, and stays in the state for a run that goes on."""
+    objects = dict(metric_objects(run.module))
+    run.metrics.freeze(objects)
+    run.metrics.frozen_sums = {path: _mapped(torch.clone, sums(each)) for path, each in objects.items()}
 
 
 def metric_objects(module: nn.Module) -> list[tuple[str, Any]]:
@@ -204,17 +211,18 @@ def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None)
         run.metrics.load_state_dict(state["metrics"]["values"], run.device, objects)
         for name, saved in state["metrics"]["objects"].items():
             if name in objects:
-                vars(objects[name]).update(_on(run.device, saved))
+                vars(objects[name]).update(_mapped(lambda tensor: tensor.to(run.device), saved))
     return True
 
 
-def _on(device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
-    moved: dict[str, Any] = {}
-    for name, value in saved.items():
+def _mapped(change: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """What `sums` gave, with every tensor changed."""
+    mapped: dict[str, Any] = {}
+    for name, value in values.items():
         if isinstance(value, Tensor):
-            moved[name] = value.to(device)
+            mapped[name] = change(value.detach())
         elif isinstance(value, list):
-            moved[name] = [part.to(device) for part in value]
+            mapped[name] = [change(part.detach()) for part in value]
         else:
-            moved[name] = value
-    return moved
+            mapped[name] = value
+    return mapped
