@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -18,6 +19,16 @@ from torchplug import hookimpl
 from torchplug.members import PARAMETERS
 
 PLAIN = (str, int, float, bool, type(None), Path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals() -> None:
+    """Signals do what they do in a program at a terminal: who runs the tests in the background may have them ignored."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
+        if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

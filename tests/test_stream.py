@@ -710,6 +710,28 @@ def test_what_workers_draw_is_the_same_wherever_a_run_was_stopped(persistent: bo
     assert numbers(workers, tmp_path / "saved" / "05-edge", persistent_workers=persistent) == (trained[5:], validated[5:])
 
 
+class Quiet(Validated):
+    """Draws nothing itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batches.append(plain(batch))
+        return self.weight.sum()
+
+
+def test_what_workers_draw_depends_on_the_seed_and_is_new_in_each_epoch_though_nothing_else_is_drawn(trainer: Any) -> None:
+    def run(number: int) -> list[float]:
+        seed(number)
+        module, made = Quiet(), trainer(max_epochs=2)
+        loaders = [DataLoader(Augmented(), 2, collate_fn=jittered, num_workers=1, persistent_workers=True) for _ in range(2)]
+        made.fit(module, *loaders)
+        for loader in (*made.run.loaders["train"], *made.run.loaders["validate"]):
+            close(loader)
+        batches = plain_numbers(module.batches) + plain_numbers(module.validated)
+        return [number for batch in batches for sample in batch for number in sample]
+
+    assert len({*run(5), *run(6)}) == 2 * 2 * 2 * (9 + 5) * 3
+
+
 class Repeated(DataLoader):
     """Every epoch is two passes."""
 
@@ -747,7 +769,7 @@ def test_a_loader_with_persistent_workers_keeps_its_own(fit: Fit) -> None:
     loader = KINDS["shuffled"](num_workers=1, persistent_workers=True)
     list(loader)
     workers = loader._iterator
-    fit(lambda: loader)
+    assert fit(lambda: loader).batches == fit(with_workers("persistent workers", 1)).batches
     assert loader._iterator is workers and len(list(loader)) == BATCHES
     del loader._iterator
 

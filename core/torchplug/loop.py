@@ -217,7 +217,7 @@ def _validated(run: Run, hooks: Hooks) -> bool:
     try:
         hooks.evaluate(run, "validate")
     except (Interruption, RuntimeError, OSError) as error:
-        if not (isinstance(error, Interruption) or _ended_with_us(run, error)):
+        if not (isinstance(error, Interruption) or (run.window_ends and _ended_with_us(run, error))):
             raise
         for put_back in undo:
             put_back()

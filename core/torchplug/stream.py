@@ -69,8 +69,9 @@ class Stream:
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(number)
         if seen:
-            if seen == self.limit or (self._loaded is not None and self._loaded["ended"]):
-                return iter(())
+            assert self._loaded is not None
+            if seen == self.limit or self._loaded["ended"]:
+                return self._nothing(seen, self._loaded)
             batches = self._rest(number, seen)
         elif self._loaded is not None and (self.between is not None or self.samplers):
             batches = self._after_an_edge(number)
@@ -84,6 +85,15 @@ class Stream:
         for number, batch in enumerate(islice(batches, left), 1):
             self._cut = number == left
             yield batch
+
+    def _nothing(self, seen: int, state: dict[str, Any]) -> Iterator[Any]:
+        """The epoch after its last batch. What remembers a place is brought there when the next epoch begins."""
+        if self.between is None and not self.samplers:
+            self._start, self._loaded, self._cut = state["start"], None, state["cut"]
+            if self.indices is not None:
+                self.indices.asked, self.indices.drawn = seen + self.indices.workers, state["drawn"]
+                self.indices.ended = state["exhausted"]
+        return iter(())
 
     def _rest(self, number: int, seen: int) -> Iterator[Any]:
         """The epoch from batch ``seen`` on. Nothing happens before the first batch is asked for."""
@@ -218,7 +228,8 @@ class Stream:
     def state_dict(self, seen: int) -> dict[str, Any]:
         """The place after ``seen`` batches of the epoch; 0 is the edge between two epochs."""
         if self._loaded is not None:  # no batch was asked for since
-            return {**self._loaded, "own": self._own()}
+            state = {**self._loaded, "own": self._own()}
+            return state if seen else {**state, "keeper": None, "start": state["start"] if state["cut"] else None}
         indices, dataset = self.indices, getattr(self.loader, "dataset", None)
         ended = type(dataset) is Tracked and dataset._ended
         cut = seen == self.limit if seen else self._cut
