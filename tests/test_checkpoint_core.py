@@ -610,7 +610,7 @@ def test_nothing_in_a_file_can_run(path: Path) -> None:
 # ---------------------------------------------------------------------- writes that fail
 
 
-@pytest.mark.parametrize("function", ["os.replace", "os.fsync", "torchplug.checkpoint._view"])
+@pytest.mark.parametrize("function", ["os.replace", "os.fsync", "torchplug.outflow.Outflow._out"])
 @pytest.mark.parametrize("before", [True, False], ids=["over an old file", "new"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(function: str, before: bool, path: Path, monkeypatch: Any) -> None:
     if before:

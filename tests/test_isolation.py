@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # each module imports from earlier layers alone
 LAYERS = [
     {"blame", "codec", "data", "hookspecs", "loss", "options", "seed", "series", "signals"},
-    {"files", "layout", "loaders", "metrics", "optimizers", "schedule", "settings"},
+    {"files", "layout", "loaders", "outflow", "metrics", "optimizers", "schedule", "settings"},
     {"checkpoint", "stream"},
     {"matching", "run"},
     {"state"},

@@ -26,10 +26,12 @@ from torch import Tensor
 from torchplug.codec import CheckpointError, Encoder, decode, plain
 from torchplug.files import replacing, sweep
 from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
+from torchplug.outflow import BLOCK, Outflow
 
 __all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "replacing", "sweep", "verify", "write"]
 
 CHUNK = 1 << 20  # bytes that are read and summed up while they are in the processor's cache
+SUM = (1 << 32) - 1  # no checksum has more digits
 FEW = 1 << 20  # bytes that are not worth a thread
 
 
@@ -44,17 +46,11 @@ def write(path: str | Path, state: Mapping[str, Any]) -> None:
     """
     encoder = Encoder()
     body, tensors = encoder.text(state), encoder.tensors
-    entries, sums = place(tensors), dict.fromkeys(tensors, 0)
-
-    def add(entry: Entry) -> None:
-        sums[entry.name] = zlib.crc32(_view(tensors[entry.name]), entry.seed(FORMAT))
-
-    _in_threads(add, entries.values())
-    begin = put_header(body, sums, entries)
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.write(begin)
-        for name in entries:
-            file.write(_view(tensors[name]))
+    entries = place(tensors)
+    longest = put_header(body, dict.fromkeys(tensors, SUM), entries, BLOCK)
+    with replacing(Path(path)) as temporary, Outflow(temporary, len(longest)) as out:
+        sums = {name: out.write(tensors[name], entry.seed(FORMAT)) for name, entry in entries.items()}
+        out.finish(put_header(body, sums, entries, len(longest)))
 
 
 def load(path: str | Path, parts: Collection[str] | None = None) -> dict[str, Any]:

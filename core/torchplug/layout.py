@@ -86,8 +86,8 @@ def place(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
     return entries
 
 
-def put_header(body: str, sums: Mapping[str, int], entries: Mapping[str, Entry]) -> bytes:
-    """The header of a checkpoint of the newest format.
+def put_header(body: str, sums: Mapping[str, int], entries: Mapping[str, Entry], multiple: int = 8) -> bytes:
+    """The header of a checkpoint of the newest format, filled up with blanks so that its length is a multiple.
 
     Raises:
         CheckpointError: it would be longer than readers accept.
@@ -104,7 +104,7 @@ def put_header(body: str, sums: Mapping[str, int], entries: Mapping[str, Entry])
             f"all that is not in tensors takes {len(text) / 1e6:.0f} MB, more than the {LONGEST / 1e6:.0f} MB that a safetensors file "
             "may have; keep long lists of numbers as tensors"
         )
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % multiple)
     return len(text).to_bytes(8, "little") + text
 
 

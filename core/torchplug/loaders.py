@@ -7,6 +7,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchplug.seed import preserved, remembered
+from torchplug.signals import held, sparing
 
 __all__ = [
     "Indices", "Tracked", "begin", "by_number", "close", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of",
@@ -313,6 +315,8 @@ def exact(loader: Any) -> Any:
 
 def _copied(loader: Any, **parts: Any) -> Any:
     clone = copy.copy(loader)
+    if loader.num_workers:
+        parts["worker_init_fn"] = sparing(loader.worker_init_fn)
     # a loader does not let them be set once it was made, because its iterator would not follow; a copy has no iterator yet
     vars(clone).update({**parts, "_iterator": None, WORKING: False})
     return clone
@@ -360,13 +364,15 @@ def begin(loader: Any, *place: int) -> Iterator[Any]:
             generator.set_state(loader.generator.get_state() if loader.generator is not None else torch.get_rng_state())
             drawn = torch.empty((), dtype=torch.int64).random_(generator=generator)  # what the loader is about to draw for its workers
             indices.seed = int.from_bytes(_mixed(int(drawn), *place)[:8], "little")
-    if getattr(loader, "__dict__", {}).get(WORKING):
-        vars(loader)[WORKING] = False
-        if indices is None:
-            with preserved(loader):
-                return iter(loader)
+    attributes = getattr(loader, "__dict__", {})
+    exactly = WORKING in attributes  # a loader that `exact` gave
+    forgotten = exactly and attributes[WORKING]
+    if exactly:
+        attributes[WORKING] = False
+    if forgotten and indices is not None:
         indices.unseen = Unseen(loader)
-    return iter(loader)
+    with preserved(loader) if forgotten and indices is None else nullcontext(), held() if exactly else nullcontext():
+        return iter(loader)
 
 
 def close(loader: Any) -> None:

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from torchplug.blame import also, blame, note_place
 from torchplug.data import IN_WORDS, batch_size
+from torchplug.loaders import begin, close, set_working, working
 from torchplug.loss import LossWatch, explain_backward, loss_of
 from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
 from torchplug.state import freeze_metrics, go_on
-from torchplug.stream import begin
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
@@ -103,11 +102,7 @@ def fit(run: Run, hooks: Hooks) -> None:
         go_on(run)
         run.settle()
         while not limits.reached():
-            try:
-                train_epoch(run, hooks, validation, limits, watch)
-            except (RuntimeError, OSError) as error:
-                if not (run.window_ends and _ended_with_us(run, error)):
-                    raise
+            train_epoch(run, hooks, validation, limits, watch)
         if not run.interrupted:
             _conclude(run, hooks, watch)
             run.ended = run.state()
@@ -203,24 +198,18 @@ def _after_batch(run: Run, hooks: Hooks, validation: Validation, limits: Limits)
     return not (whole and limits.stop())
 
 
-def _ended_with_us(run: Run, error: BaseException) -> bool:
-    """Whether a batch did not come because the signal that interrupts the run ended a loader's workers too. What was before is whole."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_globals.get("__name__") != DataLoader.__module__:
-        trace = trace.tb_next
-    return bool(run.interrupted) and trace is not None and ("DataLoader worker" in str(error) or isinstance(error, ConnectionError))
-
-
 def _validated(run: Run, hooks: Hooks) -> bool:
     """Validates. A signal ends that, and no trace is left in metrics and generators: the run that goes on begins it again."""
-    undo = remembered(*run.loaders["validate"]), run.metrics.remembered()
+    loaders = run.loaders["validate"]
+    undo, were = (remembered(*loaders), run.metrics.remembered()), [working(loader) for loader in loaders]
     try:
         hooks.evaluate(run, "validate")
-    except (Interruption, RuntimeError, OSError) as error:
-        if not (isinstance(error, Interruption) or (run.window_ends and _ended_with_us(run, error))):
-            raise
+    except Interruption:
         for put_back in undo:
             put_back()
+        for loader, was in zip(loaders, were, strict=True):
+            close(loader)
+            set_working(loader, was)
         return False
     run.validated = run.metrics.validated = True
     return True

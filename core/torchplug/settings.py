@@ -14,7 +14,8 @@ from torchplug.options import above, at_least, check_fields, closest, duration
 __all__ = ["Settings"]
 
 Precision = Literal["32", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16", "bf16", 16, 32]
-SIGNALS = tuple(each.name for each in signal.Signals if each.name not in ("SIGKILL", "SIGSTOP"))
+UNFIT = ("SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")  # cannot be taken, or are no request
+SIGNALS = tuple(each.name for each in signal.Signals if each.name not in UNFIT)
 PRECISIONS = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed", 16: "16-mixed", 32: "32"}
 
 # what older trainers called it -> what to write now

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import get_worker_info
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torchplug.run import Run
 
-__all__ = ["Interruption", "leave", "watching"]
+__all__ = ["Interruption", "held", "leave", "sparing", "watching"]
+
+_watched = torch.zeros(signal.NSIG, dtype=torch.uint8)  # by the number of a signal, how many runs act on it; workers see it
 
 
 class Interruption(BaseException):
@@ -67,23 +71,25 @@ class _Watch:
         if number is None or number in self.earlier or signal.getsignal(number) in (signal.SIG_IGN, None):
             return
         self.earlier[number] = signal.getsignal(number)
+        _watched[number] += 1
         signal.signal(number, self.interrupt)
 
     def end(self) -> None:
         """Puts back what was there before, except where somebody else has taken the signal meanwhile and may call us."""
         try:
             for number in sorted(self.earlier, key=lambda number: number == signal.SIGINT):  # which may raise when it is put back
-                if signal.getsignal(number) in (self.interrupt, self.child_ended):
+                if signal.getsignal(number) == self.interrupt:
                     signal.signal(number, self.earlier[number])
         finally:
             self._over = True
+            for number in self.earlier:
+                _watched[number] -= 1
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         earlier = self.earlier[number]
         if self._over or os.getpid() != self.process:
-            if get_worker_info() is None:  # a loader's worker waits for its run to end it
-                _as_before(number, frame, earlier)
+            _as_before(number, frame, earlier)
             return
         if number == signal.SIGINT and self._pressed:
             if not callable(earlier):
@@ -94,26 +100,12 @@ class _Watch:
         first = not self.run.interrupted
         if first:
             self.run.interrupted, self.run.attention = signal.Signals(number).name, True
-            self._spare_loaders()
         if callable(earlier):
             try:
                 earlier(number, frame)
             except BaseException as error:
                 if first:
                     self.raised = error.with_traceback(None)
-
-    def _spare_loaders(self) -> None:
-        """A signal to the whole process group ends a loader's workers as well. torch would raise for each of them wherever the run
-        stands; without that the step is finished, and a worker that is missed is an error when a batch is asked of it."""
-        number = getattr(signal, "SIGCHLD", None)
-        if number is not None and callable(signal.getsignal(number)):
-            self.earlier[number] = signal.getsignal(number)
-            signal.signal(number, self.child_ended)
-
-    def child_ended(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGCHLD after a signal."""
-        with suppress(RuntimeError):
-            self.earlier[number](number, frame)
 
 
 def _as_before(number: int, frame: FrameType | None, earlier: Any) -> None:
@@ -123,6 +115,55 @@ def _as_before(number: int, frame: FrameType | None, earlier: Any) -> None:
     else:
         signal.signal(number, earlier)
         os.kill(os.getpid(), number)
+
+
+@dataclass
+class Sparing:
+    """What a loader's worker begins with, a ``worker_init_fn``: signals that its run acts on pass it by.
+
+    Ctrl-C, a scheduler or a service manager signals every process of a job. The step that is running needs its batches still, and
+    so do a window and an epoch that go on to their end. When the run is over, the next signal ends the worker.
+
+    Args:
+        watched: which signals a run acts on at present, in memory that is shared with the workers.
+        inner: the loader's own ``worker_init_fn``.
+    """
+
+    watched: Tensor
+    inner: Callable[[int], Any] | None
+
+    def __call__(self, worker: int) -> None:
+        numbers = self.watched.nonzero().flatten().tolist()
+        for number in numbers:
+            signal.signal(number, self._pass)
+            if hasattr(signal, "siginterrupt"):
+                signal.siginterrupt(number, False)  # what the system does for the worker goes on
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # what `held` blocked
+        if self.inner is not None:
+            self.inner(worker)
+
+    def _pass(self, number: int, frame: FrameType | None) -> None:
+        if not self.watched[number]:
+            os._exit(0)
+
+
+def sparing(inner: Callable[[int], Any] | None) -> Sparing:
+    """The ``worker_init_fn`` of a loader whose own is ``inner``."""
+    return Sparing(_watched.share_memory_(), inner)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside, signals that a run acts on wait: one that came to a worker before it has its handlers would end it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _watched.nonzero().flatten().tolist())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave(name: str) -> None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
 from torchplug.dispatch import dispatch, register
 from torchplug.hookspecs import Hooks
+from torchplug.loaders import close
 from torchplug.matching import Choice
 from torchplug.members import Member, PluginError
 from torchplug.metrics import Results
@@ -280,6 +282,8 @@ class Trainer(Settings):
                 self._report(run)
         finally:
             module._run = None
+            for loader in chain.from_iterable(run.loaders.values()):  # its workers have no part in another run
+                close(loader)
             for member in members:
                 if member.failure:
                     logger.error("%s was switched off: %s", member.label, member.failure)

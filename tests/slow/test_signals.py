@@ -72,12 +72,10 @@ class Meeting:
         count: n.
         number: of the signal.
         group: whether its whole process group gets it.
-        deadly: whether workers die of it; then the run waits for that too.
     """
 
-    def __init__(self, hook: str, count: int, number: int = signal.SIGTERM, group: bool = True, deadly: bool | None = None) -> None:
+    def __init__(self, hook: str, count: int, number: int = signal.SIGTERM, group: bool = True) -> None:
         self.hook, self.count, self.number, self.group = hook, count, number, group
-        self.deadly = (group and number == signal.SIGTERM) if deadly is None else deadly
         self.there, self.here = FORK.Pipe()
 
     def wait(self) -> None:
@@ -85,10 +83,7 @@ class Meeting:
         workers = multiprocessing.active_children()
         self.there.send([each.pid for each in workers])
         self.there.recv()
-        if self.deadly:
-            for each in workers:
-                each.join(5)  # one that has just been started may not be ready to die of it
-        elif self.group and workers:
+        if self.group and workers:
             workers[0].join(0.3)
             assert all(each.is_alive() for each in workers)
 
@@ -238,22 +233,89 @@ def test_a_signal_in_a_step_ends_the_program_soon_with_its_exit_code(
     assert same(job, processes)
 
 
+@pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
 @pytest.mark.parametrize(
     ("hook", "count", "options", "batch", "step"),
     [
         ("on_train_start", 1, {}, 0, 0),
+        ("on_train_epoch_start", 2, {}, 1, 8),
+        ("on_validation_start", 2, OFTEN, 6, 6),
         ("on_validation_batch_start", 2, {}, 7, 7),
         ("on_validation_batch_start", 2, OFTEN, 3, 3),
+        ("on_validation_batch_start", 2, {**OFTEN, "accumulate_grad_batches": 2}, 4, 2),
+        ("on_train_batch_end", 4, WINDOWS, 6, 2),
         ("on_train_batch_end", 6, WINDOWS, 6, 2),
-        ("on_train_epoch_start", 2, {}, 1, 8),
     ],
 )
-def test_a_signal_to_the_group_lets_the_step_be_finished_though_it_ends_the_workers(
-    hook: str, count: int, options: dict[str, Any], batch: int, step: int, tmp_path: Path, interrupt: Any, processes: Any
+def test_workers_outlive_a_signal_to_the_group_and_the_step_gets_the_batches_that_it_needs(
+    hook: str, count: int, options: dict[str, Any], batch: int, step: int, persistent: bool, tmp_path: Path, interrupt: Any, processes: Any
 ) -> None:
-    job = Job(tmp_path, options=options)
+    job = Job(tmp_path, persistent=persistent, options=options)
     assert interrupt(job, Meeting(hook, count)) == (batch, step)
     assert same(job, processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: signal.Signals(number).name)
+def test_spawned_workers_outlive_it_too(number: int, tmp_path: Path, interrupt: Any, processes: Any) -> None:
+    job = Job(tmp_path, context="spawn", options={**WINDOWS, "max_epochs": 1})
+    assert interrupt(job, Meeting("on_train_batch_end", 4, number), soon=60) == (6, 2)  # each imports torch
+    assert same(job, processes)
+
+
+def test_a_worker_that_is_just_being_started_outlives_it(tmp_path: Path, monkeypatch: Any, processes: Any) -> None:
+    """Before it has handlers of its own, it has those that it was started with."""
+    job = Job(tmp_path)
+    start = multiprocessing.process.BaseProcess.start
+
+    def started(self: Any) -> None:
+        start(self)
+        for _ in range(30):
+            os.killpg(os.getpid(), signal.SIGTERM)
+            self.join(0.002)
+        assert self.is_alive()
+
+    def alone() -> None:
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", started)
+        job.fit()
+
+    assert processes.run([alone]) == [128 + signal.SIGTERM]
+    assert load(tmp_path / "runs/Net/version_0/checkpoints/last.safetensors")["position"]["step"] == 1
+    assert same(job, processes)
+
+
+def test_a_program_that_fails_with_workers_in_mid_epoch_ends(tmp_path: Path, processes: Any) -> None:
+    """Python ends them by SIGTERM and waits for them, where a traceback has kept their loader."""
+
+    def alone() -> None:
+        class Failing(Net):
+            def training_step(self, batch: Any) -> Any:
+                raise ValueError("it does not work")
+
+        train = DataLoader(Noisy(14, 0), 2, num_workers=2, multiprocessing_context="fork")
+        try:
+            Trainer(max_epochs=1, root_dir=tmp_path).fit(Failing(), train)
+        except ValueError as error:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2 and error.__traceback__ is not None
+            for each in workers:
+                each.terminate()
+            for each in workers:
+                each.join(5)
+                assert each.exitcode == 0
+            return
+        raise AssertionError("it should have failed")
+
+    assert processes.run([alone]) == [0]
+
+
+def test_persistent_workers_are_gone_when_the_run_is(tmp_path: Path, processes: Any) -> None:
+    job = Job(tmp_path, persistent=True)
+
+    def alone() -> None:
+        trainer = job.fit()
+        assert trainer.run is not None and not multiprocessing.active_children()
+
+    assert processes.run([alone]) == [0]
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
