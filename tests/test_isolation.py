@@ -21,7 +21,7 @@ LAYERS = [
     {"files", "layout", "loaders", "outflow", "metrics", "optimizers", "schedule", "settings"},
     {"checkpoint", "stream"},
     {"matching", "run"},
-    {"state"},
+    {"state", "tracking"},
     {"resume"},
     {"module"},
     {"loop", "members"},

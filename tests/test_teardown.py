@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ class Busy:
     def on_train_batch_end(self, run: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             path = run.save_checkpoint(self.folder / "busy.safetensors")
-            run.log_figure("figure", None)
+            run.log_figure("figure", SimpleNamespace(savefig=print))
             run.log_text("text", "hello")
             run.log_artifact(path)
             run.remove_checkpoint(path, "no longer needed")

@@ -104,7 +104,8 @@ def find(name: str) -> Found:
 def build(named: Sequence[Any]) -> list[Member]:
     """Members from what a user wrote: names, mappings name -> options, and objects.
 
-    A bundle is opened; a plugin in it gives way where the user names the same plugin too, with options for example.
+    A bundle is opened; a plugin in it gives way where the user names the same plugin too, with options for example. What a plugin
+    ``requires``, a tuple of names, is added with its default options where the user has not named it.
 
     Raises:
         PluginError: a name, option or object that cannot be used.
@@ -161,6 +162,16 @@ def build(named: Sequence[Any]) -> list[Member]:
 
     for each in named:
         add_any(each)
+    waiting = list(members.values())
+    while waiting:
+        member = waiting.pop(0)
+        for name in getattr(member.plugin, "requires", ()):
+            if name not in {other.base for other in members.values()}:
+                try:
+                    add_named(name, {})
+                except PluginError as error:
+                    raise PluginError(f"{member.label} requires the plugin {name!r}: {error}") from error
+                waiting.append(members[name])
     return list(members.values())
 
 

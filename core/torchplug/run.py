@@ -105,6 +105,7 @@ class Run:
         ended: the state in which training ended, from which the next ``fit`` of the same module goes on.
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
+        journal: the file with everything that happens to the run, set by the plugin that writes it.
         report: lines that are shown when the run is over, by who wrote them.
     """
 
@@ -150,6 +151,7 @@ class Run:
     training: bool = False
     best_path: Path | str | None = None
     last_path: Path | str | None = None
+    journal: Path | None = None
     report: dict[str, str] = field(default_factory=dict)
     collect: Callable[[Run, bool], dict[str, Any]] = field(init=False, repr=False)
     plugins: dict[str, Any] = field(default_factory=dict)  # what is enabled: name -> object
@@ -229,7 +231,13 @@ class Run:
         self.module.log(name, value, **options)
 
     def log_figure(self, name: str, figure: Any) -> None:
-        """Hands a matplotlib figure to the loggers."""
+        """Hands a matplotlib figure to the loggers.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        if not hasattr(figure, "savefig"):
+            raise TypeError(f"log_figure takes a matplotlib Figure, got {type(figure).__name__}; draw it with plt.figure() or Axes.imshow")
         self.hooks.log_figure(self, name, figure, self.position.step)
 
     def log_text(self, name: str, text: str) -> None:

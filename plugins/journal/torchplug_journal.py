@@ -12,6 +12,8 @@ Numbers that are not finite are written ``NaN``, ``Infinity`` and ``-Infinity``:
 readers may not. All lines are ASCII. Each one is handed to the system when it is written, so that a process that is killed
 loses nothing that was recorded.
 
+Figures are drawn into ``figures/`` beside it, each under the number of its record; ``path`` says where, seen from the journal.
+
 A run that is resumed has one timeline: its checkpoint says how many records there were, what a process that is gone wrote
 behind them moves to ``journal.abandoned.jsonl``, and the run goes on from there.
 """
@@ -74,6 +76,9 @@ class Journal:
     # ------------------------------------------------------------------ the file
 
     def _record(self, run: Run, event: str, **values: Any) -> None:
+        self._write(run, event, _plain(values))
+
+    def _write(self, run: Run, event: str, values: dict[str, Any]) -> None:
         """Writes one line; what is recorded before ``on_run_start`` opens the file, what comes after the end closes it again."""
         if run.rank != 0:
             return
@@ -85,7 +90,7 @@ class Journal:
             "n": self._next, "event": event, "time": self._time, "stage": where.stage, "epoch": where.epoch, "batch": where.batch,
             "step": where.step, "samples": where.samples, **values,
         }  # fmt: skip
-        file.write(json.dumps(_plain(record)).encode() + b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         self._next += 1
         if self._ended is run:
@@ -94,7 +99,8 @@ class Journal:
     def _open(self, run: Run) -> BinaryIO:
         folder = run.dir if self.dir is None or run.options.fast_dev_run else Path(self.dir)  # a trial run leaves nothing behind
         folder.mkdir(parents=True, exist_ok=True)
-        file = self._file = open(folder / "journal.jsonl", "ab+")  # noqa: SIM115
+        run.journal = folder / "journal.jsonl"
+        file = self._file = open(run.journal, "ab+")  # noqa: SIM115
         self._next, end = _whole_lines(file)
         file.truncate(end)
         self._before, self._back, self._validating = self._next, None, None
@@ -185,7 +191,8 @@ class Journal:
 
     @hookimpl
     def log_metrics(self, run: Run, metrics: dict[str, float], stage: str, step: int, epoch: int, samples: int, seconds: float) -> None:
-        self._record(run, "log_metrics", metrics=metrics, stage=stage, step=step, epoch=epoch, samples=samples, seconds=seconds)
+        values = {"metrics": metrics, "stage": stage, "step": step, "epoch": epoch, "samples": samples, "seconds": seconds}
+        self._write(run, "log_metrics", values)  # numbers alone, and there are many
 
     @hookimpl
     def on_validation_start(self, run: Run) -> None:
@@ -252,8 +259,20 @@ class Journal:
         self._record(run, "on_checkpoint_removed", path=path, reason=reason)
 
     @hookimpl
-    def log_figure(self, run: Run, name: str, step: int) -> None:
-        self._record(run, "log_figure", name=name, step=step)
+    def log_figure(self, run: Run, name: str, figure: Any, step: int) -> None:
+        if run.rank != 0:
+            return
+        if self._file is None:
+            self._open(run)
+        assert run.journal is not None
+        path = Path("figures", f"{self._next}.png")
+        try:
+            (run.journal.parent / path.parent).mkdir(exist_ok=True)
+            figure.savefig(run.journal.parent / path, format="png")
+        except Exception as error:  # a figure that cannot be drawn is the user's
+            run.say_once(f"journal: figure {name!r} cannot be drawn and is left out: {type(error).__name__}: {error}")
+            return
+        self._record(run, "log_figure", name=name, step=step, path=path)
 
     @hookimpl
     def log_text(self, run: Run, name: str, text: str, step: int) -> None:

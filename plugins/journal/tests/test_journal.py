@@ -172,6 +172,14 @@ def test_hyperparameters_of_every_kind_are_written_readably(tmp_path):
     assert values == {"lr": 0.1, "wait": 2.0, "data": "a/b", "size": 1, "weights": [0.5, 0.25], "by": {"pair": [1, 2], "3": None}}
 
 
+class Square:
+    """What a figure needs to be drawn; matplotlib itself may be missing."""
+
+    def savefig(self, path, format):
+        assert format == "png"
+        Path(path).write_bytes(b"\x89PNG")
+
+
 class Talker:
     """Does everything that a plugin can do between batches."""
 
@@ -181,7 +189,7 @@ class Talker:
         run.save_checkpoint(path, reason="best", metrics={"val_loss": 0.5})
         run.at_boundary(lambda: run.remove_checkpoint(path, reason="not the best any more"))
         run.log_text("note", "line\nand ünïcode")
-        run.log_figure("curve", object())
+        run.log_figure("curve", Square())
         run.log_artifact(run.dir / "config.yaml")
         run.request_stop("enough")
 
@@ -196,7 +204,9 @@ def test_checkpoints_texts_figures_artifacts_and_stops_are_recorded_with_their_a
     assert (removed["path"], removed["reason"]) == (path, "not the best any more")
     text = one(records, "log_text")
     assert (text["name"], text["text"], text["step"]) == ("note", "line\nand ünïcode", BATCHES)
-    assert (one(records, "log_figure")["name"], one(records, "log_figure")["step"]) == ("curve", BATCHES)
+    figure = one(records, "log_figure")
+    assert (figure["name"], figure["step"], figure["path"]) == ("curve", BATCHES, f"figures/{figure['n']}.png")
+    assert (t.run.dir / figure["path"]).read_bytes().startswith(b"\x89PNG")
     assert (one(records, "log_artifact")["name"], one(records, "log_artifact")["path"]) == ("config.yaml", str(t.run.dir / "config.yaml"))
     assert (one(records, "on_stop_requested")["reason"], one(records, "on_stop_requested")["plugin"]) == ("enough", "talker")
     assert records[-1]["status"] == "stopped"
