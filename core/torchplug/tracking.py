@@ -23,7 +23,7 @@ from torchplug.hookspecs import hookimpl
 from torchplug.options import above
 from torchplug.run import Run
 
-__all__ = ["Backend", "Mark", "Place", "Reader", "Record", "Refused", "Tracker", "deliver"]
+__all__ = ["Backend", "Mark", "Place", "Reader", "Record", "Refused", "Tracker", "deliver", "first"]
 
 Record = dict[str, Any]  # a line of the journal
 
@@ -44,11 +44,13 @@ class Place:
     """Which run is logged, and where its files may lie.
 
     Args:
-        start: the first ``on_run_start`` of the journal, with id, module, options, versions.
+        journal: the file; paths in records, such as those of figures, are seen from its folder.
+        start: its first ``on_run_start``, with id, module, options, versions.
         run_dir: the directory of the run.
         folder: where this logger keeps files; it may not be there yet.
     """
 
+    journal: Path
     start: Record
     run_dir: Path
     folder: Path
@@ -153,8 +155,8 @@ def first(path: Path) -> Record:
 class Delivery:
     """One journal on its way to one backend."""
 
-    def __init__(self, backend: Backend, path: Path, place: Place, batch: int) -> None:
-        self.backend, self.path, self.place, self.batch = backend, path, place, batch
+    def __init__(self, backend: Backend, place: Place, batch: int) -> None:
+        self.backend, self.place, self.batch = backend, place, batch
         self.reader: Reader | None = None
         self.sent = 0
         self.refused: list[str] = []
@@ -167,7 +169,7 @@ class Delivery:
     def step(self) -> bool:
         """Sends some of what is new; whether there was any."""
         if self.reader is None:
-            reader = Reader(self.path)
+            reader = Reader(self.place.journal)
             mark = reader.seek(self._marks)
             if self._marks and mark != self._marks[-1]:
                 self.backend.go_back(mark)
@@ -194,18 +196,18 @@ class Delivery:
         self.backend.close()
 
 
-def deliver(backend: Backend, path: Path, place: Place, batch: int) -> Delivery:
+def deliver(backend: Backend, place: Place, batch: int = 1000) -> Delivery:
     """Sends a whole journal; returns what came of it.
 
     Raises:
         Exception: whatever the backend raised.
     """
-    delivery = Delivery(backend, path, place, batch)
+    delivery = Delivery(backend, place, batch)
     try:
         delivery.begin()
         while delivery.step():
             pass
-        backend.finish(_ended(path))
+        backend.finish(_ended(place.journal))
     finally:
         delivery.close()
     return delivery
@@ -339,7 +341,7 @@ class Tracker:
         self._name = run.name_of(self)
         trial = bool(run.options.fast_dev_run)
         folder = run.dir / self._name.replace(":", "_") if trial else self.folder(run.dir, self._name)
-        delivery = Delivery(self.backend(), run.journal, Place(first(run.journal), run.dir, folder), self.batch)
+        delivery = Delivery(self.backend(), Place(run.journal, first(run.journal), run.dir, folder), self.batch)
 
         def say(error: Exception) -> None:
             run.say_once(
