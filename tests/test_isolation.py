@@ -29,7 +29,7 @@ LAYERS = [
     {"precision"},
     {"trainer"},
     {"__init__"},
-    {"checkpoint_cli"},
+    {"checkpoint_cli", "replay"},
     {"cli", "testing"},
     {"__main__"},
 ]

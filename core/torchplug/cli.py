@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchplug import checkpoint_cli
+from torchplug import checkpoint_cli, replay
 from torchplug.members import PARAMETERS, Member, PluginError
 from torchplug.options import Field, closest, fields_of
 from torchplug.plugins import BUNDLE, Found, build, discover, order
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.set_defaults(run=_explain)
 
     checkpoint_cli.add_commands(commands)
+    replay.add_command(commands)
 
     chosen = parser.parse_args(arguments)
     try:

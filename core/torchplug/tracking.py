@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from torchplug.hookspecs import hookimpl
-from torchplug.options import above
+from torchplug.options import above, check_fields
 from torchplug.run import Run
 
 __all__ = ["Backend", "Mark", "Place", "Reader", "Record", "Refused", "Tracker", "deliver", "first"]
@@ -158,20 +158,20 @@ class Delivery:
     def __init__(self, backend: Backend, place: Place, batch: int) -> None:
         self.backend, self.place, self.batch = backend, place, batch
         self.reader: Reader | None = None
+        self.marks: list[Mark] = []
         self.sent = 0
         self.refused: list[str] = []
 
-    def begin(self) -> Mark:
+    def begin(self) -> None:
         """Connects. Nothing is read yet: a run that goes on shortens its journal first."""
-        self._marks = self.backend.connect(self.place)
-        return self._marks[-1] if self._marks else Mark()
+        self.marks = self.backend.connect(self.place)
 
     def step(self) -> bool:
         """Sends some of what is new; whether there was any."""
         if self.reader is None:
             reader = Reader(self.place.journal)
-            mark = reader.seek(self._marks)
-            if self._marks and mark != self._marks[-1]:
+            mark = reader.seek(self.marks)
+            if self.marks and mark != self.marks[-1]:
                 self.backend.go_back(mark)
             self.reader = reader
         begin, records = self.reader.n, self.reader.records(self.batch)
@@ -309,6 +309,9 @@ class Tracker:
     _name: str = field(init=False, default="", repr=False)
     _waited: float = field(init=False, default=0.0, repr=False)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def backend(self) -> Backend:
         """A new backend, not connected yet; what it imports, it imports here."""
         raise NotImplementedError(f"{type(self).__name__} has no backend")
@@ -345,7 +348,7 @@ class Tracker:
 
         def say(error: Exception) -> None:
             run.say_once(
-                f"{self._name} cannot be reached, training goes on and the journal keeps everything: {type(error).__name__}: {error}"
+                f"{self._name} takes nothing at present, training goes on and the journal keeps everything: {type(error).__name__}: {error}"
             )
 
         self._thread = _Thread(delivery, self.interval, say)
@@ -357,7 +360,7 @@ class Tracker:
             self._thread.released.set()
 
     @hookimpl
-    def on_fit_start(self) -> None:
+    def on_fit_start(self, run: Run) -> None:
         if self._thread is not None:
             self._thread.released.set()  # a run that goes on has cut its journal back by now
 
