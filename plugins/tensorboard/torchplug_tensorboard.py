@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from torchplug import Run, hookimpl, preserved
-from torchplug.checkpoint import replacing
 from torchplug.tracking import Mark, Place, Reader, Record, Tracker
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Tensorboard"]
 
 CHOICES = ("last", "min", "max")
-MARKS = 500  # how many places the newest part of the list has; older ones are thinned out
+MARKS = 100  # how many places the newest part of the list has; older ones are thinned out
 
 
 @dataclass(kw_only=True, eq=False)
@@ -161,7 +160,9 @@ class Events:
         # one folder up: TensorBoard finds no metrics for HPARAMS where the files lie in the very folder that it is given
         self.where = f"tensorboard --logdir {shlex.quote(str(self.folder.parent if self.nested else self.folder))}"
         self.list = self.folder / f"complete{self.suffix}.json"
-        self.marks: list[dict[str, Any]] = json.loads(self.list.read_text()) if self.list.exists() else []
+        self.marks: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # after a power cut it may be cut off; the events say it too
+            self.marks = json.loads(self.list.read_text())
         self._now = self._last()
         self._find()
         self._earlier = self._files()
@@ -176,8 +177,9 @@ class Events:
         old, new = self.marks[:-MARKS], self.marks[-MARKS:]
         mark = {**self._copied(), "n": n, "time": time, "files": self._files()}
         self.marks = [*(old[::2] if len(old) > MARKS else old), *new, mark]
-        with replacing(self.list) as temporary:
-            temporary.write_text(json.dumps(self.marks))
+        temporary = self.list.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.marks))
+        os.replace(temporary, self.list)
 
     def _find(self) -> None:
         """Cuts off events that are not whole, and adds the records behind the last mark that were written."""

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from torchplug import Module, Trainer, hookimpl
-from torchplug_tensorboard import Events, Tensorboard
+from torchplug_tensorboard import Events, Tensorboard, _events
 
 BATCHES = 3
 ALL = dict.fromkeys(("scalars", "images", "tensors", "histograms"), 0)
@@ -635,6 +635,28 @@ def test_a_run_that_goes_on_elsewhere_is_whole_there(tmp_path):
         assert [step for step, _ in after["tensorboard", "loss_step"]] == [1, 2, 3, 4, 5, 6]
         assert after["tensorboard", "note/text_summary"] == before["board", "note/text_summary"]
     assert everything(tmp_path / "board") == before
+
+
+@pytest.mark.parametrize("left", ["whole", "torn event", "no list", "half a list"])
+def test_what_a_killed_process_wrote_is_found_again_and_the_rest_is_sent(tmp_path, left):
+    """Events were written, the list that says so was not; the last one is not whole. A replay then makes it so."""
+    run = fit(tmp_path, net=Net)
+    folder, whole = run.dir / "tensorboard", everything(run.dir / "tensorboard")
+    (events,), (marks,) = folder.glob("*tfevents*"), folder.glob("*.json")
+    ends = [end for end, _ in _events(events)]
+    if left == "whole":
+        marks.write_text(json.dumps(json.loads(marks.read_text())[:1]))
+    elif left == "torn event":
+        os.truncate(events, ends[4] + 7)
+        marks.write_text("[]")
+    elif left == "no list":
+        marks.unlink()
+    else:
+        marks.write_bytes(marks.read_bytes()[:50])
+    for _ in range(2):
+        done = subprocess.run([Path(sys.executable).with_name("torchplug"), "replay", run.dir, "--to", "tensorboard"], capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert everything(folder) == whole
 
 
 def test_what_could_not_be_written_is_written_when_the_run_goes_on(tmp_path, monkeypatch):
