@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import json
 import math
 import os
@@ -32,9 +33,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -61,7 +63,7 @@ class Journal:
     on_error = "disable"
     before = ("*",)  # an event stands before what others do because of it, and the end of the run comes last
 
-    _file: BinaryIO | None = field(init=False, default=None, repr=False)
+    _file: BufferedRandom | None = field(init=False, default=None, repr=False)
     _next: int = field(init=False, default=0, repr=False)
     _time: float = field(init=False, default=0.0, repr=False)  # of the last record
     _before: int = field(init=False, default=0, repr=False)  # records that this run found
@@ -76,27 +78,30 @@ class Journal:
     # ------------------------------------------------------------------ the file
 
     def _record(self, run: Run, event: str, **values: Any) -> None:
-        self._write(run, event, _plain(values))
+        """Writes one line, at the place where the run stands."""
+        where = run.position
+        step = values.pop("step", where.step)
+        self._write(run, event, where.stage, where.epoch, step, where.samples, json.dumps(_plain(values))[1:-1])
 
-    def _write(self, run: Run, event: str, values: dict[str, Any]) -> None:
-        """Writes one line; what is recorded before ``on_run_start`` opens the file, what comes after the end closes it again."""
+    def _write(self, run: Run, event: str, stage: str, epoch: int, step: int, samples: int, body: str) -> None:
+        """What is recorded before ``on_run_start`` opens the file, what comes after the end closes it again."""
         if run.rank != 0:
             return
         file = self._file or self._open(run)
         if self._back is not None:
             self._go_back(run, file)
-        where, self._time = run.position, time.time()
-        record = {
-            "n": self._next, "event": event, "time": self._time, "stage": where.stage, "epoch": where.epoch, "batch": where.batch,
-            "step": where.step, "samples": where.samples, **values,
-        }  # fmt: skip
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
+        self._time = time.time()
+        line = (
+            f'{{"n": {self._next}, "event": "{event}", "time": {self._time!r}, "stage": "{stage}", "epoch": {epoch}, '
+            f'"batch": {run.position.batch}, "step": {step}, "samples": {samples}{", " * bool(body)}{body}}}\n'
+        ).encode()
+        if file.raw.write(line) != len(line):
+            raise OSError(errno.ENOSPC, f"the disk took a part of record {self._next} only")
         self._next += 1
         if self._ended is run:
             self._close()
 
-    def _open(self, run: Run) -> BinaryIO:
+    def _open(self, run: Run) -> BufferedRandom:
         folder = run.dir if self.dir is None or run.options.fast_dev_run else Path(self.dir)  # a trial run leaves nothing behind
         folder.mkdir(parents=True, exist_ok=True)
         run.journal = folder / "journal.jsonl"
@@ -106,7 +111,7 @@ class Journal:
         self._before, self._back, self._validating = self._next, None, None
         return file
 
-    def _go_back(self, run: Run, file: BinaryIO) -> None:
+    def _go_back(self, run: Run, file: BufferedRandom) -> None:
         """Takes out what stands behind the records of a checkpoint and was there when this run opened the file."""
         state, self._back = self._back, None
         assert state is not None
@@ -125,6 +130,7 @@ class Journal:
         own = [json.loads(line) for line in file]
         file.truncate(end)
         file.writelines(json.dumps({**record, "n": number}).encode() + b"\n" for number, record in enumerate(own, n))
+        file.flush()
         self._before, self._next = n, n + len(own)
 
     def _close(self) -> None:
@@ -191,8 +197,7 @@ class Journal:
 
     @hookimpl
     def log_metrics(self, run: Run, metrics: dict[str, float], stage: str, step: int, epoch: int, samples: int, seconds: float) -> None:
-        values = {"metrics": metrics, "stage": stage, "step": step, "epoch": epoch, "samples": samples, "seconds": seconds}
-        self._write(run, "log_metrics", values)  # numbers alone, and there are many
+        self._write(run, "log_metrics", stage, epoch, step, samples, f'"metrics": {json.dumps(metrics)}, "seconds": {seconds!r}')
 
     @hookimpl
     def on_validation_start(self, run: Run) -> None:
@@ -322,7 +327,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _whole_lines(file: BinaryIO) -> tuple[int, int]:
+def _whole_lines(file: BufferedRandom) -> tuple[int, int]:
     """How many whole lines a file has and where they end; behind them may lie what a killed process could not finish."""
     count = end = read = 0
     file.seek(0)
