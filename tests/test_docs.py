@@ -27,6 +27,18 @@ def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(t
     assert (tmp_path / "runs/Line/version_0/checkpoints/last.safetensors").exists()
 
 
+def test_the_logger_that_the_docs_show_logs(tmp_path):
+    *_, logger = blocks(ROOT / "docs/loggers.md", "python")
+    model = blocks(ROOT / "README.md", "python")[0].partition("trainer = ")[0]
+    use = "\ntrainer = Trainer(max_epochs=2, plugins=[TextLogger()])\ntrainer.fit(Line(), data)\nprint(trainer.run.report['text_logger'])"
+    done = subprocess.run([sys.executable, "-c", model + logger + use], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    path = done.stdout.split()[-1]
+    lines = (tmp_path / path).read_text().splitlines()
+    assert lines[0].startswith("20 {'train_loss_step'") or lines[0].startswith("10 {'train_loss"), lines
+    assert lines[-1] == "finished"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_that_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import importlib.util
+import json
 import math
 import os
 import re
@@ -77,6 +78,7 @@ def fashion_mnist() -> Path:
 # ---------------------------------------------------------------------- each example
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")  # MLflow's own
 @pytest.mark.parametrize("name", sorted(each.stem for each in EXAMPLES.glob("*.py")))
 def test_example_runs_and_keeps_its_promise(name: str, tmp_path: Path) -> None:
     if name not in CHECKS:
@@ -136,6 +138,26 @@ def own_plugin(output: str, folder: Path) -> None:
     assert number(r"validation_time: ([\d.]+) ms", output) > 0
     assert "grad_norm" in part(r"metrics recorded: (.*)", output)
     assert number(r"validation loss ([\d.e+-]+)", output) < 0.02  # the noise in the data alone is 0.01
+
+
+@example("loggers", "--epochs", "2")
+def loggers(output: str, folder: Path) -> None:
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = folder / part(r"run directory: (\S+)", output)
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    records = [(record["step"], record["metrics"]) for record in journal if record["event"] == "log_metrics"]
+    losses = [(step, metrics["val_loss"]) for step, metrics in records if "val_loss" in metrics]
+    assert len(losses) == 2
+    events = EventAccumulator(str(folder / part(r"tensorboard --logdir (\S+)", output) / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(step, pytest.approx(loss)) for step, loss in losses]
+    assert events.Images("first unit") and events.Tensors("note/text_summary")
+    client = MlflowClient(part(r"--backend-store-uri (\S+)", output))
+    (stored,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert [(metric.step, metric.value) for metric in client.get_metric_history(stored.info.run_id, "val_loss")] == losses
+    assert list((folder / part(r"wandb sync (\S+)", output)).glob("run-*.wandb"))
+    assert sorted(each.name for each in folder.iterdir()) == ["runs"], "nothing is written anywhere else"
 
 
 @example("preemptible")
