@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -380,7 +381,7 @@ class Tracker:
         if not thread.complete:
             reason = f"{type(thread.error).__name__}: {thread.error}" if thread.error else f"no answer within {self.close_timeout:g} s"
             run.report[self._name] = (
-                f"not everything was delivered ({reason}); torchplug replay {run.dir} --to {self._name.partition(':')[0]} sends the rest"
+                f"not everything was delivered ({reason}); torchplug replay {shlex.quote(str(run.dir))} --to {self._name.partition(':')[0]} sends the rest"
             )
             run.say_once(f"{self._name}: {run.report[self._name]}")
         for line in delivery.refused:

@@ -11,6 +11,7 @@ import platform
 import shlex
 import shutil
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Tensorboard"]
 
 CHOICES = ("last", "min", "max")
+MARK_EVERY = 1.0  # seconds
 MARKS = 100  # how many places the newest part of the list has; older ones are thinned out
 
 
@@ -48,6 +50,8 @@ class Tensorboard(Tracker):
 
     log_graph: bool = False
     hparams_metrics: Mapping[str, str] | None = None
+
+    batch = 10  # a millisecond of work, for which training may wait if both need the interpreter
 
     _folder: Path | None = field(init=False, default=None, repr=False)  # of the run that goes on
     _suffix: str = field(init=False, default="", repr=False)  # of the files that `experiment` writes
@@ -163,8 +167,9 @@ class Events:
         self.marks: list[dict[str, Any]] = []
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # after a power cut it may be cut off; the events say it too
             self.marks = json.loads(self.list.read_text())
-        self._now = self._last()
+        self._now, self._marked = self._last(), 0.0
         self._find()
+        self._reached = self._end()
         self._earlier = self._files()
         return [Mark(mark["n"], mark["time"]) for mark in self.marks]
 
@@ -172,10 +177,11 @@ class Events:
         copied: dict[str, Any] = json.loads(json.dumps(self._now))
         return copied
 
-    def _mark(self, n: int, time: float) -> None:
+    def _mark(self, n: int, when: float) -> None:
         """Everything up to here is in the files."""
+        self._marked = time.monotonic()
         old, new = self.marks[:-MARKS], self.marks[-MARKS:]
-        mark = {**self._copied(), "n": n, "time": time, "files": self._files()}
+        mark = {**self._copied(), "n": n, "time": when, "files": self._files()}
         self.marks = [*(old[::2] if len(old) > MARKS else old), *new, mark]
         temporary = self.list.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.marks))
@@ -189,13 +195,13 @@ class Events:
             if size == sizes.get(name):
                 continue
             end = 0
-            for end, time in _events(self.folder / name):  # noqa: B007 - the last one is used
-                times.add(time)
+            for end, when in _events(self.folder / name):  # noqa: B007 - the last one is used
+                times.add(when)
             if end < size:
                 os.truncate(self.folder / name, end)
             if not end:
                 (self.folder / name).unlink()
-        last = Mark(self.marks[-1]["n"], self.marks[-1]["time"]) if self.marks else Mark()
+        last = self._end()
         reader = Reader(self.place.journal)
         found = Mark()
         if times and reader.seek([last]) == last:
@@ -223,6 +229,11 @@ class Events:
                 _put_aside(self.folder / name, sizes.get(name, 0))
         self._now = self._last()
 
+        self._reached = self._end()
+
+    def _end(self) -> Mark:
+        return Mark(self.marks[-1]["n"], self.marks[-1]["time"]) if self.marks else Mark()
+
     def _last(self) -> dict[str, Any]:
         last: dict[str, Any] = json.loads(json.dumps(self.marks[-1])) if self.marks else {}
         return {"row": {}, "best": {}, "shown": {}, "status": "", **last}
@@ -235,7 +246,9 @@ class Events:
             self._write(record)
         if self._file is not None:
             self._file.flush()
-        self._mark(*mark)
+        self._reached = mark
+        if time.monotonic() > self._marked + MARK_EVERY:
+            self._mark(*mark)
 
     def _note(self, record: Record) -> None:
         """Remembers what HPARAMS shows when the run is over."""
@@ -279,17 +292,16 @@ class Events:
         self._record.write(Event(wall_time=time, step=step, summary=summary).SerializeToString())
 
     def finish(self, status: str) -> None:
-        if self._now["row"] and self._now["status"] != status and self.marks:
-            time = self.marks[-1]["time"]
+        if self._now["row"] and self._now["status"] != status:
             for name, (value, step) in self._now["best"].items():
                 if self._now["shown"].get(name) != value:
-                    self._add(_scalars({_column(name, (self.chosen or {})[name]): value}), step, time)
+                    self._add(_scalars({_column(name, (self.chosen or {})[name]): value}), step, self._reached.time)
                     self._now["shown"][name] = value
-            self._add(_session_end(status, time), 0, time)
+            self._add(_session_end(status, self._reached.time), 0, self._reached.time)
         self._now["status"] = status
         self.close()
-        if self.marks and self._files() != self.marks[-1]["files"]:
-            self._mark(self.marks[-1]["n"], self.marks[-1]["time"])
+        if self._reached != self._end() or (self.marks and self._files() != self.marks[-1]["files"]):
+            self._mark(*self._reached)
 
     def close(self) -> None:
         file, self._file = self._file, None

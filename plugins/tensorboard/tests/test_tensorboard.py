@@ -1,6 +1,7 @@
 """What the TensorBoard logger promises, read back with TensorBoard's own reader."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -723,3 +724,79 @@ def test_an_instance_in_two_fits_writes_the_same_twice(tmp_path):
         traces.append(everything(t.run.dir / "tensorboard"))
         assert board.state_dict() == {"files": {}}
     assert traces[0] == traces[1]
+
+
+# ---------------------------------------------------------------------- a disk that is full
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 64 KiB; called with a size, it becomes larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own takes rights to mount it: {mounted.stderr.strip()}")
+
+    def grow(size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", "tmpfs", folder], check=True)
+
+    yield folder, grow
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+class Busy(Net):
+    """Logs more than a small disk takes, and notes how long each step was."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.begun = []
+
+    def on_train_batch_start(self):
+        self.begun.append(time.monotonic())
+
+    def training_step(self, batch, batch_idx):
+        for number in range(20):
+            self.log(f"a metric with a name of some length/{number}", float(self.global_step * number))
+        time.sleep(0.001)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_training_nothing_and_a_replay_makes_it_good(tmp_path, disk, caplog):
+    folder, grow = disk
+    data = DataLoader(TensorDataset(torch.ones(1200, 2)), batch_size=2)
+
+    def run(root, plugins):
+        torch.manual_seed(1)
+        t, net = Trainer(max_epochs=2, log_every_n_steps=1, root_dir=root, plugins=plugins, accelerator="cpu", seed=1), Busy()
+        begin = time.monotonic()
+        t.fit(net, data)
+        return t, net, time.monotonic() - begin
+
+    _, alone, _ = run(tmp_path / "alone", ["journal"])
+    for attempt in range(3):  # other programs may make a step wait too
+        caplog.clear()
+        t, net, took = run(tmp_path / f"full {attempt}", [{"tensorboard": {"dir": folder / str(attempt), "close_timeout": 10}}])
+        waits = sorted(later - earlier for earlier, later in itertools.pairwise(net.begun))
+        if waits[-1] < 0.05:
+            break
+    assert waits[-1] < 0.05, waits[-5:]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(net.parameters(), alone.parameters(), strict=True))
+    assert took < (alone.begun[-1] - alone.begun[0]) * 2 + 10
+    assert caplog.text.count("tensorboard takes nothing at present") == 1 and "No space left on device" in caplog.text
+    assert f"torchplug replay {shlex.quote(str(t.run.dir))} --to tensorboard" in t.run.report["tensorboard"]
+    records = [json.loads(line) for line in (t.run.dir / "journal.jsonl").read_text().splitlines()]
+    assert records[-1]["status"] == "finished" and len([r for r in records if r["event"] == "log_metrics"]) == 1202
+
+    grow("16m")
+    for _ in range(2):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("torchplug"), "replay", t.run.dir, "--to", "tensorboard"], capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        expected = {}
+        for record in records:
+            for name, value in record.get("metrics", {}).items():
+                expected.setdefault(name, []).append((record["step"], np.float32(value)))
+        assert {name: sorted(points) for name, points in scalars(folder / str(attempt)).items()} == expected
