@@ -56,6 +56,7 @@ class Lantern(torchplug.Module):
 def fit(folder: Path, plugin: Any) -> torchplug.Run:
     trainer = Trainer(max_epochs=1, log_every_n_steps=1, root_dir=folder, accelerator="cpu", plugins=[plugin])
     trainer.fit(Lantern(), DataLoader(TensorDataset(torch.rand(20, 1)), batch_size=2))
+    assert trainer.run is not None
     return trainer.run
 
 
