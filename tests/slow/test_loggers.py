@@ -130,7 +130,7 @@ def in_wandb(program: Path) -> Curves:
     for file in sorted(run_dir(program).glob("wandb/wandb/offline-run-*/*.wandb")):
         for row in rows(file):
             for name, value in row.items():
-                if not name.startswith("_") and name not in ("epoch", "samples", "seconds"):
+                if not name.startswith("_") and name not in ("step", "epoch", "samples", "seconds"):
                     found[name].append((row["_step"], float(value)))
     return found
 
@@ -231,8 +231,8 @@ def kill(process: subprocess.Popen[str], step: int) -> int:
         if last >= step:
             os.kill(process.pid, signal.SIGKILL)
             break
-    rest = process.stdout.read().split()
-    process.wait(30)
+    with process:
+        rest = process.stdout.read().split()
     return int(rest[-1]) if rest else last
 
 
