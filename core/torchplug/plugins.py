@@ -171,6 +171,7 @@ def build(named: Sequence[Any]) -> list[Member]:
                     add_named(name, {})
                 except PluginError as error:
                     raise PluginError(f"{member.label} requires the plugin {name!r}: {error}") from error
+                members[name].rule = f"required by {member.name}"
                 waiting.append(members[name])
     return list(members.values())
 
@@ -245,7 +246,7 @@ def order(members: Sequence[Member]) -> list[Member]:
         ready = next((member for member in waiting if earlier[member.name].keys() <= done), None)
         if ready is None:
             raise PluginError(f"plugins ask for an order that cannot be: {_cycle(waiting, earlier)}")
-        ready.rule = "; ".join(sorted(set(earlier[ready.name].values()))) or "as listed"
+        ready.rule = "; ".join(sorted(set(earlier[ready.name].values()))) or ready.rule
         placed.append(ready)
         waiting.remove(ready)
     return placed

@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
         description="Send the journal of a run to loggers, also to those that were not there when it ran. What a logger has already "
         "got is not sent again.",
     )
-    parser.add_argument("run_dir", type=Path, help="the directory of the run, with journal.jsonl")
+    parser.add_argument("run_dir", type=Path, help="the directory of the run, or its journal where that is somewhere else")
     parser.add_argument("--to", required=True, metavar="NAME[,NAME]", help="the loggers, by the names under which they are enabled")
     parser.add_argument(
         "--options",
@@ -38,7 +38,8 @@ def add_command(commands: Any) -> None:
 
 
 def _replay(chosen: argparse.Namespace) -> int:
-    journal = chosen.run_dir / "journal.jsonl"
+    elsewhere = chosen.run_dir.is_file()
+    journal = chosen.run_dir if elsewhere else chosen.run_dir / "journal.jsonl"
     if not journal.is_file():
         raise PluginError(f"{journal} is not there; name the directory of a run in which the plugin journal was enabled")
     try:
@@ -53,9 +54,9 @@ def _replay(chosen: argparse.Namespace) -> int:
             raise PluginError(f"--options names {name!r}, which is not in --to {chosen.to}")
     plugins = {name: _tracker(name, start, options.get(name, {})) for name in names}
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    return max(
-        _send(name, plugin, Place(journal, start, chosen.run_dir, plugin.folder(chosen.run_dir, name))) for name, plugin in plugins.items()
-    )
+    run_dir = Path(start["dir"]) if elsewhere else chosen.run_dir
+    places = {name: Place(journal, start, run_dir, plugin.folder(run_dir, name)) for name, plugin in plugins.items()}
+    return max(_send(name, plugin, places[name]) for name, plugin in plugins.items())
 
 
 def _tracker(name: str, start: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

@@ -380,9 +380,8 @@ class Tracker:
             run.report[self._name] = delivery.backend.where
         if not thread.complete:
             reason = f"{type(thread.error).__name__}: {thread.error}" if thread.error else f"no answer within {self.close_timeout:g} s"
-            run.report[self._name] = (
-                f"not everything was delivered ({reason}); torchplug replay {shlex.quote(str(run.dir))} --to {self._name.partition(':')[0]} sends the rest"
-            )
+            later = f"torchplug replay {shlex.quote(str(run.dir))} --to {self._name.partition(':')[0]}"
+            run.report[self._name] = f"not everything was delivered ({reason}); {later} sends the rest"
             run.say_once(f"{self._name}: {run.report[self._name]}")
         for line in delivery.refused:
             run.say_once(f"{self._name} does not take {line}")

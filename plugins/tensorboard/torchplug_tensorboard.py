@@ -49,7 +49,7 @@ class Tensorboard(Tracker):
     """
 
     log_graph: bool = False
-    hparams_metrics: Mapping[str, str] | None = None
+    hparams_metrics: dict[str, str] | None = None
 
     batch = 10  # a millisecond of work, for which training may wait if both need the interpreter
 
