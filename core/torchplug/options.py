@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Range", "above", "at_least", "check_fields", "closest", "documentation", "duration", "fields_of"]
+__all__ = ["Range", "above", "at_least", "check_fields", "closest", "discreet", "documentation", "duration", "fields_of"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def closest(word: str, words: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` when one of ``words`` is near to ``word``, else an empty string."""
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def discreet(text: str) -> str:
+    """``text`` without the name and password of an address in it, for what is written down."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
 
 def check_fields(instance: Any) -> None:

@@ -21,6 +21,7 @@ from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
 from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
+from torchplug.options import discreet
 from torchplug.state import versions
 from torchplug.stream import Stream, exact, explained
 
@@ -269,7 +270,7 @@ def write_config(run: Run) -> None:
         lines.append(f"  - {json.dumps(name)}: {_json(options)}")
     lines.append("versions:")
     lines += [f"  {json.dumps(name)}: {_json(package)}" for name, package in {**versions(), **run.packages}.items()]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text(discreet("\n".join(lines)) + "\n", encoding="utf-8")
 
 
 def _json(value: Any) -> str:

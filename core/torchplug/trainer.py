@@ -40,6 +40,7 @@ from torchplug.state import collect
 __all__ = ["Trainer"]
 
 logger = logging.getLogger("torchplug")
+SHOWN = 20  # names of metrics in the report
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
@@ -416,7 +417,9 @@ class Trainer(Settings):
                 logger.info("interrupted by %s; ckpt_path='last' goes on from here if a checkpoint was kept", run.interrupted)
             elif run.stop_reason:
                 logger.info("stopped%s: %s", f" by {run.stopped_by}" if run.stopped_by else "", run.stop_reason)
-            logger.info("metrics recorded: %s", ", ".join(run.metrics.names) or "none; call self.log(name, value) in training_step")
+            names = list(run.metrics.names)
+            names[SHOWN:] = [f"and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
+            logger.info("metrics recorded: %s", ", ".join(names) or "none; call self.log(name, value) in training_step")
         elif run is not self._fitted and self._fitted is not None and run.dir == self._fitted.dir:
             return  # where everything is was said when the fit was over
         if not run.options.fast_dev_run:

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 import traceback
 from collections import deque
@@ -44,6 +45,7 @@ from torchplug import Run, __version__, hookimpl
 
 __all__ = ["Journal"]
 
+PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # name and password in an address
 LARGEST = 1000  # elements of an array that are written out
 
 
@@ -312,7 +314,9 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it and a person can read it: times as ``"90.0s"``, paths and whatever else as text."""
     if isinstance(value, enum.Enum):
         return _plain(value.value)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return PASSWORD.sub("***@", value) if "://" in value else value
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, timedelta):
         return f"{value.total_seconds()}s"

@@ -153,6 +153,17 @@ def test_the_start_names_run_versions_options_and_plugins(tmp_path):
     assert Trainer(max_time=start["options"]["max_time"], plugins=[]).max_time  # it can be given back as it stands
 
 
+def test_passwords_in_addresses_are_not_written_down(tmp_path):
+    t = trainer(tmp_path)
+
+    class Tells(Net):
+        def on_train_start(self):
+            self.run.log_text("from", "see http://me:secret@host/a and http://host/b@c")
+
+    t.fit(Tells(), loader())
+    assert one(read(t.run.dir), "log_text")["text"] == "see http://***@host/a and http://host/b@c"
+
+
 class Size(Enum):
     SMALL = 1
 
