@@ -80,7 +80,8 @@ class Backend(Protocol):
         go back to, the newest last; what it was sent twice must show once."""
 
     def go_back(self, mark: Mark) -> None:
-        """What was sent after ``mark`` is not the past any more: the run went on from a checkpoint that stands before it."""
+        """What was sent after ``mark`` is not the past any more: the run went on from a checkpoint that stands before it. It is one
+        of those that `connect` returned, or the beginning; where that returned none, this is not called."""
 
     def send(self, records: Sequence[Record], mark: Mark) -> None:
         """Takes the next records, and remembers ``mark`` with them; kinds that it has no use for are passed over.
@@ -244,7 +245,7 @@ class _Thread(threading.Thread):
         while not (self.complete or self.given_up):
             try:
                 rest = self._work()
-                pause, left, self.error = PAUSES[0], LAST_ATTEMPTS, None
+                pause, self.error = PAUSES[0], None
             except Exception as error:
                 self._failed(error)
                 left -= bool(self.status)
