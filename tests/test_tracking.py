@@ -298,6 +298,35 @@ def test_one_that_hangs_holds_the_run_up_for_no_longer_than_close_timeout(call: 
     assert journal(dir_of(trainer))[-1]["status"] == "finished"
 
 
+def test_a_backend_that_hangs_holds_no_records_in_memory(tmp_path: Path) -> None:
+    hangs = threading.Event()
+
+    def script(name: str, records: Sequence[Record]) -> None:
+        hangs.wait(60)
+
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) // 1024
+
+    sizes = []
+
+    class Floods:
+        @hookimpl
+        def on_train_start(self, run: Any) -> None:
+            metrics = {f"metric_{number}": 0.1 * number for number in range(10)}
+            for count in (1_000, 60_000):  # 20 MB of journal
+                for step in range(count):
+                    run.hooks.log_metrics(run, metrics, "train", step, 0, step, 0.5)
+                sizes.append(resident())
+
+    kept = Kept(close_timeout=0.2)
+    kept._script = script
+    trainer = fit(tmp_path, kept, Floods())
+    hangs.set()
+    assert (dir_of(trainer) / "journal.jsonl").stat().st_size > 15e6
+    assert sizes[1] - sizes[0] < 5, sizes
+
+
 def test_records_that_are_refused_are_named_and_the_others_are_sent(tmp_path: Path, caplog: Any) -> None:
     def script(call: str, records: Sequence[Record]) -> None:
         if any(record["n"] == 3 for record in records):
