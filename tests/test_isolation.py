@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoint", "stream"},
     {"matching", "run"},
     {"state", "tracking"},
-    {"resume"},
+    {"resume", "trial"},
     {"module"},
     {"loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},

@@ -19,8 +19,8 @@ from torchplug.seed import preserved, remembered
 from torchplug.signals import held, sparing
 
 __all__ = [
-    "Indices", "Tracked", "begin", "by_number", "close", "exact", "explained", "has_state", "indices_of", "places_of", "samplers_of",
-    "set_working", "workers_of", "working",
+    "Indices", "Tracked", "again", "begin", "by_number", "close", "exact", "explained", "has_state", "indices_of", "places_of",
+    "samplers_of", "set_working", "workers_of", "working",
 ]  # fmt: skip
 
 WORKING = "_torchplug_working"  # an attribute of the copies that `exact` makes
@@ -313,9 +313,26 @@ def exact(loader: Any) -> Any:
     return _copied(loader, **parts, **({"dataset": Seeded(loader.dataset)} if workers else {}))
 
 
+def again(loader: Any) -> Any:
+    """A loader over the data of ``loader``, which `exact` gave, that has a place of its own in them.
+
+    Raises:
+        TypeError: it is an iterator, which can be passed over once.
+    """
+    if isinstance(loader, Iterator):
+        raise TypeError(
+            f"the training data are an iterator ({type(loader).__name__}), which cannot be begun again; give a DataLoader or a list"
+        )
+    indices = indices_of(loader)
+    if indices is None:
+        return _copied(loader) if WORKING in getattr(loader, "__dict__", {}) else loader
+    name = "batch_sampler" if isinstance(loader.batch_sampler, Indices) else "sampler"
+    return _copied(loader, **{name: Indices(indices.inner, indices.workers, indices.wrapped, indices.counts)})
+
+
 def _copied(loader: Any, **parts: Any) -> Any:
     clone = copy.copy(loader)
-    if loader.num_workers:
+    if loader.num_workers and WORKING not in vars(loader):
         parts["worker_init_fn"] = sparing(loader.worker_init_fn)
     # a loader does not let them be set once it was made, because its iterator would not follow; a copy has no iterator yet
     vars(clone).update({**parts, "_iterator": None, WORKING: False})

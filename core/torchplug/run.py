@@ -157,6 +157,7 @@ class Run:
     plugins: dict[str, Any] = field(default_factory=dict)  # what is enabled: name -> object
     packages: dict[str, str] = field(default_factory=dict)  # name -> distribution and version
     hooks: Hooks = field(init=False, repr=False)
+    quiet: Hooks = field(init=False, repr=False)  # the same, with events that reach no plugin
     _asking: Callable[[], str] = field(default=str, repr=False)
     _started: float = field(default_factory=time.perf_counter)
     _said: set[str] = field(default_factory=set)

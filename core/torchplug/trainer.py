@@ -274,7 +274,7 @@ class Trainer(Settings):
         members = self._assemble(run, operations)
         manager = register(members)
         run.hooks = operations.hooks = dispatch(manager)
-        operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
+        run.quiet = operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
         self._introduce(run, members)
         try:
             start = self._start(run, members, ckpt_path, choice or Choice())

@@ -1,0 +1,243 @@
+"""Training steps that leave no trace, for those who look for a good learning rate or batch size."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchplug.data import batch_size
+from torchplug.loaders import again, begin, close, has_state, places_of
+from torchplug.loss import loss_of
+from torchplug.run import Run
+from torchplug.seed import remembered
+from torchplug.state import metric_objects, sums
+
+__all__ = ["Trial", "trial"]
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@contextmanager
+def trial(run: Run) -> Iterator[Trial]:
+    """Inside, steps of training can be tried; on any way out everything that they changed is put back.
+
+    That is the module with its buffers, gradients, modes and plain attributes, optimizers, schedulers, the loss scaler, the random
+    generators, the place in the data, metrics, the fields of the run (requests to stop, options), and the state of plugins. What
+    is taken lies in host memory. Plugins hear of no event inside; those that replace operations (precision, strategies) work
+    as in training, and so do the hooks of the module and the data module.
+
+    Raises:
+        TypeError: the training data are an iterator, which cannot be begun again.
+    """
+    put_back = _taken(run)
+    attempt = Trial(run)
+    try:
+        with run.metrics.unseen(), run.metrics.open("train"):
+            run.metrics.batches()
+            run.hooks = run.quiet
+            run.step_schedulers = []
+            run.position.stage, run.training = "train", False
+            yield attempt
+    finally:
+        attempt.close()
+        put_back()
+
+
+class Trial:
+    """Steps of training, one optimizer step at a time, over batches that the loader gives from the beginning of an epoch on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.loader = run, again(run.loaders["train"][0])
+        self._batches = self._endless()
+
+    def step(self) -> float:
+        """Trains on as many batches as an optimizer step takes; returns the mean of their losses (NaN if all were skipped).
+
+        Schedulers do not step.
+        """
+        run, hooks, position, losses = self.run, self.run.hooks, self.run.position, list[Tensor]()
+        for part in range(run.options.accumulate_grad_batches):
+            run.window, run.window_ends = run.options.accumulate_grad_batches, part == run.options.accumulate_grad_batches - 1
+            batch = hooks.move_batch(run, next(self._batches))
+            run.metrics.size = batch_size(batch)
+            hooks.on_train_batch_start(run, batch, position.batch)
+            outputs = hooks.train_batch(run, batch, position.batch)
+            for each in outputs if isinstance(outputs, list) else [outputs]:  # one for each optimizer
+                loss = loss_of(run, each)
+                if loss is not None:
+                    losses.append(loss.detach().float())
+            position.batch, position.micro_step = position.batch + 1, position.micro_step + 1
+            hooks.on_train_batch_end(run, outputs, batch, position.batch - 1)
+        return torch.stack(losses).mean().item() if losses else float("nan")
+
+    def _endless(self) -> Iterator[Any]:
+        """Epoch after epoch."""
+        limit = self.run.limits["train"][0]
+        while True:
+            count = 0
+            for batch in islice(begin(self.loader, self.run.position.epoch, self.run.position.micro_step), limit):
+                yield batch
+                count += 1
+            if not count:
+                raise ValueError("the training loader gave no batch: its data set is empty, or smaller than one batch with drop_last=True")
+
+    def close(self) -> None:
+        """Ends the workers of the loader."""
+        self._batches.close()  # type: ignore[attr-defined]
+        if self.loader is not self.run.loaders["train"][0]:
+            close(self.loader)
+
+
+# ---------------------------------------------------------------------- what is taken, and how it is put back
+
+
+def _taken(run: Run) -> Callable[[], None]:
+    """Takes everything; returns what puts it back."""
+    loaders = [loader for several in run.loaders.values() for loader in several]
+    fields = _fields(run)
+    ours = [_module(run.module), *map(_metric, dict(metric_objects(run.module)).values())]
+    ours += [_owner(each) for each in run.optimizers]
+    ours += [_owner(each.scheduler) for each in run.schedulers]
+    ours += [_fields(each) for each in run.schedulers]
+    if run.scaler is not None:
+        ours.append(_owner(run.scaler))
+    places = [place for loader in loaders for place in places_of(loader)]
+    datasets = [getattr(loader, "dataset", None) for loader in loaders]
+    ours += [_owner(each) for each in (*places, *datasets, *loaders, run.datamodule) if each is not None and has_state(each)]
+    plugins = {name: (plugin, _copied(plugin.state_dict())) for name, plugin in run.plugins.items() if has_state(plugin)}
+    generators = remembered(*loaders)
+
+    def put_back() -> None:
+        fields()
+        for each in ours:
+            each()
+        for plugin, state in plugins.values():
+            if not alike(_copied(plugin.state_dict()), state):
+                plugin.load_state_dict(state)
+        generators()
+
+    return put_back
+
+
+def _module(module: nn.Module) -> Callable[[], None]:
+    """Parameters and buffers are put back into the tensors that they are in, as optimizers and others hold them."""
+    tensors = [
+        (group, name, tensor, _host(tensor), tensor.requires_grad, None if tensor.grad is None else _host(tensor.grad))
+        for each in module.modules()
+        for group in (each._parameters, each._buffers)
+        for name, tensor in group.items()
+        if tensor is not None
+    ]
+    inner = [(each, each.training, _plain_of(each)) for each in module.modules()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for group, name, tensor, value, requires_grad, gradient in tensors:
+                group[name] = tensor  # type: ignore[assignment]
+                tensor.requires_grad_(requires_grad)
+                if tensor.shape != value.shape:
+                    tensor.data = torch.empty_like(value, device=tensor.device)
+                tensor.copy_(value)
+                tensor.grad = None if gradient is None else gradient.to(tensor.device)
+        for each, training, plain in inner:
+            each.training = training
+            plain()
+
+    return put_back
+
+
+def _metric(metric: Any) -> Callable[[], None]:
+    """The sums of a metric object, which are in no state dict."""
+    before = _copied(sums(metric))
+    device = next((value.device for value in sums(metric).values() if isinstance(value, Tensor)), torch.device("cpu"))
+    return lambda: vars(metric).update(_mapped(before, lambda tensor: tensor.to(device)))
+
+
+def _owner(owner: Any) -> Callable[[], None]:
+    """Something with a state of its own, and plain attributes beside it."""
+    state, plain = _copied(owner.state_dict()), _plain_of(owner)
+
+    def put_back() -> None:
+        owner.load_state_dict(state)
+        plain()
+
+    return put_back
+
+
+def _plain_of(owner: Any) -> Callable[[], None]:
+    """The attributes that are plain values or containers of such, as a counter or a list of results is."""
+    before = {name: copy.deepcopy(value) for name, value in vars(owner).items() if _is_plain(value)}
+
+    def put_back() -> None:
+        now = vars(owner)
+        for name in [name for name, value in now.items() if name not in before and _is_plain(value)]:
+            del now[name]
+        now.update(before)
+
+    return put_back
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values())) and all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+def _fields(owner: Any) -> Callable[[], None]:
+    """The attributes of a dataclass: the objects that they are, what is in containers, and a run's position and options."""
+    names = [field.name for field in dataclasses.fields(owner) if hasattr(owner, field.name)]
+    before = {name: getattr(owner, name) for name in names}
+    inside = {name: copy.copy(value) for name, value in before.items() if isinstance(value, (list, dict, set))}
+    nested = [_fields(before[name]) for name in ("position", "options") if name in before]
+
+    def put_back() -> None:
+        for name, value in before.items():
+            setattr(owner, name, value)
+        for name, content in inside.items():
+            container = before[name]
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        for each in nested:
+            each()
+
+    return put_back
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _copied(value: Any) -> Any:
+    """A state with every tensor in host memory, and nothing shared."""
+    return _mapped(value, _host)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_mapped(part, change) for part in value]
+        return parts if isinstance(value, list) else type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return copy.deepcopy(value)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(alike(part, other[key]) for key, part in one.items())
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other) or (one != one and other != other)
