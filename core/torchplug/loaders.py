@@ -393,9 +393,10 @@ def begin(loader: Any, *place: int) -> Iterator[Any]:
 
 
 def close(loader: Any) -> None:
-    """Ends the persistent workers of a loader that `exact` gave; torch takes seconds for that where they end as garbage."""
+    """Ends the persistent workers of a loader that `exact` gave; torch takes seconds for that where they end as garbage. What the
+    loader draws afterwards is what it would have drawn with them."""
     if WORKING in getattr(loader, "__dict__", {}):
-        vars(loader)["_iterator"] = None
+        vars(loader).update({WORKING: working(loader), "_iterator": None})
 
 
 def explained(loader: Any) -> str:
