@@ -127,7 +127,7 @@ def _conclude(run: Run, hooks: Hooks, watch: LossWatch) -> None:
 def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, watch: LossWatch) -> None:
     """One epoch, or the rest of one: its batches, the validations that fall into it, its end."""
     position, metrics = run.position, run.metrics
-    every, accumulate = run.options.log_every_n_steps, run.options.accumulate_grad_batches
+    every, accumulate = run.options.log_every_n_steps, limits.set_accumulation()
     run.exhausted, first_step = False, -1 if position.batch else position.step
     due: float = 0  # the micro step after which something may have to be done
     if not position.batch:
@@ -166,6 +166,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         for index, contributions in enumerate(run.contributions):
             if contributions:  # the last window was shorter than the loader's length promised
                 _end_long_window(run, hooks, index)
+                run.window_ends = True
+        run.counted = -1  # the next batch takes another step
     if run.interrupted or not run.is_last_batch:
         return
     if validation.due_after_epoch() and not _validated(run, hooks):

@@ -66,7 +66,7 @@ def facts(run: Run) -> dict[str, Any]:
     loader = run.loaders["train"][0]
     dataset: Any = getattr(loader, "dataset", None)
     return {
-        "accumulate_grad_batches": run.options.accumulate_grad_batches,
+        "accumulate_grad_batches": run.batches_per_step(run.position.epoch),
         "batch size": getattr(loader, "batch_size", None),
         "length of the data set": length(dataset) if hasattr(dataset, "__getitem__") else None,
         "number of batches in an epoch": run.num_batches,

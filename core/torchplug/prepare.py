@@ -115,7 +115,7 @@ def _find_loaders(run: Run, stage: str, sources: Sources) -> None:
     """Puts the loaders of a stage into ``run.loaders``, or says clearly why there are none."""
     loaders = _loaders(run, stage, sources)
     method, step = LOADERS[stage], STEP_OF[stage]
-    if run.work == "fit" and stage == "validate":
+    if run.work in ("fit", "tune") and stage == "validate":
         if run.options.limit_val_batches == 0:
             loaders = []
         elif loaders and not defines(run.module, step):

@@ -61,8 +61,8 @@ class Position:
 class Run:
     """One call of fit, validate, test or predict, as plugins see it.
 
-    A plugin may call the methods, set ``device`` in ``setup``, ``best_path`` and ``last_path`` when it keeps checkpoints,
-    and put lines into ``report``. Everything else is read.
+    A plugin may call the methods, set ``device`` and ``accumulation`` in ``setup``, ``best_path`` and ``last_path`` when it keeps
+    checkpoints, and put lines into ``report``. Everything else is read.
 
     Args:
         options: the Trainer's arguments.
@@ -86,6 +86,7 @@ class Run:
         limits: how many batches of each loader are used, None for all.
         num_batches: training batches in an epoch, None if that is not known.
         exhausted: whether the training loader said that it has no more batches in this epoch.
+        accumulation: batches of one optimizer step by the index of the epoch; None: ``accumulate_grad_batches`` in all.
         window: batches in the current accumulation window, as far as the loader's length tells.
         window_ends: whether the current batch ends it.
         contributions: losses that were added up in the current window, for each optimizer.
@@ -128,6 +129,7 @@ class Run:
     limits: dict[str, list[int | None]] = field(default_factory=dict)
     num_batches: int | None = None
     exhausted: bool = False
+    accumulation: Callable[[int], int] | None = None
     window: int = 1
     window_ends: bool = True
     contributions: list[int] = field(default_factory=list)
@@ -211,10 +213,16 @@ class Run:
     def total_steps(self) -> int | None:
         """Optimizer steps that this run will take, for schedulers that must know; None if that is open."""
         options = self.options
-        per_epoch = None if self.num_batches is None else -(-self.num_batches // options.accumulate_grad_batches)
-        by_epochs = None if options.max_epochs is None or per_epoch is None else options.max_epochs * per_epoch
+        batches, epochs = self.num_batches, options.max_epochs
+        by_epochs = None
+        if batches is not None and epochs is not None:
+            by_epochs = sum(-(-batches // self.batches_per_step(epoch)) for epoch in range(epochs))
         limits = [limit for limit in (by_epochs, options.max_steps) if limit is not None]
         return min(limits) if limits else None
+
+    def batches_per_step(self, epoch: int) -> int:
+        """How many batches an optimizer step takes in an epoch, given by its index from 0."""
+        return self.options.accumulate_grad_batches if self.accumulation is None else self.accumulation(epoch)
 
     def name_of(self, plugin: Any) -> str:
         """Under which name ``plugin`` is enabled: its instance's own, which keys its state and its line in the report."""

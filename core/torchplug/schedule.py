@@ -32,7 +32,6 @@ class Limits:
         self.timed = options.max_time is not None
         if options.max_time is not None:
             self.deadline = time.monotonic() + duration("max_time", options.max_time)
-        self.accumulate = options.accumulate_grad_batches
         self.record = options.log_every_n_steps
         self.progress = 0  # the micro step up to which optimizer steps were taken
         # a loss scaler finds its scale by skipping steps: that may take more than an epoch of few batches
@@ -64,10 +63,15 @@ class Limits:
         steps = min(self.max_steps - self.position.step, self.record - self.position.step % self.record)
         return self.position.micro_step + max(steps, 1) - 1
 
+    def set_accumulation(self) -> int:
+        """Looks up how many batches an optimizer step takes in this epoch."""
+        self.accumulate = self.run.batches_per_step(self.position.epoch)
+        if self.run.automatic:  # in manual optimization the module says where a window ends
+            self.run.window, self.run.window_ends = 1, True
+        return self.accumulate
+
     def open_window(self, batch_idx: int) -> None:
         """Says for a batch how long its accumulation window is and whether it ends there."""
-        if self.accumulate == 1:
-            return
         run, place = self.run, batch_idx % self.accumulate
         run.window = self.accumulate
         if run.num_batches is not None:

@@ -63,8 +63,9 @@ class Trial:
         Schedulers do not step.
         """
         run, hooks, position, losses = self.run, self.run.hooks, self.run.position, list[Tensor]()
-        for part in range(run.options.accumulate_grad_batches):
-            run.window, run.window_ends = run.options.accumulate_grad_batches, part == run.options.accumulate_grad_batches - 1
+        run.window = run.batches_per_step(position.epoch)
+        for part in range(run.window):
+            run.window_ends = part == run.window - 1
             batch = hooks.move_batch(run, next(self._batches))
             run.metrics.size = batch_size(batch)
             hooks.on_train_batch_start(run, batch, position.batch)

@@ -185,7 +185,7 @@ def interrupt(processes: Any) -> Callable[..., tuple[int, int]]:
     def meet(job: Job, meeting: Meeting, soon: float = SOON) -> tuple[int, int]:
         process = processes.start(lambda: job.fit(meeting))
         workers = meeting.send(process)
-        process.join(60)
+        process.join(max(60, 3 * soon))
         over, step = time.time(), job.root / "step"
         assert process.exitcode == (1 if meeting.number == signal.SIGINT else 128 + meeting.number)
         assert not step.exists() or over - float(step.read_text()) < soon

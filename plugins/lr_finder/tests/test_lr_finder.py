@@ -1,0 +1,392 @@
+"""What the learning-rate finder promises, in numbers."""
+
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchplug import Module, Trainer, hookimpl
+from torchplug_lr_finder import METHODS, LearningRateFinder, RangeTest, lr_find
+
+
+class Quadratic(Module):
+    """0.5 x'Hx with eigenvalues from L / condition to L."""
+
+    def __init__(self, seed, condition=10.0, largest=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.largest = largest or 10 ** float(torch.empty(1).uniform_(-1, 2, generator=generator))
+        values = torch.logspace(math.log10(self.largest / condition), math.log10(self.largest), 10)
+        basis = torch.linalg.qr(torch.randn(10, 10, generator=generator))[0]
+        self.register_buffer("matrix", basis @ torch.diag(values) @ basis.T)
+        self.x = nn.Parameter(torch.randn(10, generator=generator))
+
+    def training_step(self, batch):
+        return 0.5 * self.x @ self.matrix @ self.x
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.123)
+
+
+class Net(Module):
+    def __init__(self, lr=0.05, scheduler=None, groups=False, precision=None):
+        super().__init__()
+        self.save_hyperparameters("lr")
+        self.scheduler, self.groups = scheduler, groups
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.rates = []
+
+    def training_step(self, batch):
+        self.rates.append([group["lr"] for group in self.optimizers().param_groups] if self.run.training else None)
+        loss = nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        lr = self.hparams.lr
+        first, rest = {"params": self.layers[0].parameters()}, {"params": self.layers[1:].parameters(), "lr": lr / 5}
+        optimizer = torch.optim.SGD([first, rest] if self.groups else self.parameters(), lr=lr, momentum=0.9)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer, lr), "interval": "step"}}
+
+
+def data(batches=8):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4 * batches, 4, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True))
+
+
+def loader(**options):
+    return DataLoader(data(), 4, **{"shuffle": True, **options})
+
+
+def trainer(tmp_path, *plugins, **options):
+    return Trainer(plugins=list(plugins), root_dir=tmp_path, **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, **options})
+
+
+def find(module, tmp_path, **options):
+    return lr_find(trainer(tmp_path), module, [torch.zeros(1)] if isinstance(module, Quadratic) else loader(), **options)
+
+
+# ---------------------------------------------------------------------- the curve
+
+
+def test_a_constant_loss_is_that_constant_from_the_first_point_on_and_rates_are_geometric(tmp_path):
+    class Constant(Net):
+        def training_step(self, batch):
+            return self.layers(batch[0]).sum() * 0 + 1.5
+
+    found = find(Constant(), tmp_path, min_lr=1e-6, max_lr=1.0, steps=25)
+    assert found.smoothed == pytest.approx([1.5] * 25, abs=1e-12)
+    assert found.lrs == pytest.approx([10 ** (-6 + 6 * i / 24) for i in range(25)], rel=1e-12)
+    assert found.suggestion() is None and not found.diverged
+
+
+def test_linear_rates(tmp_path):
+    found = find(Net(), tmp_path, min_lr=0.001, max_lr=0.011, steps=11, mode="linear")
+    assert found.lrs == pytest.approx([0.001 * (1 + i) for i in range(11)])
+
+
+def test_smoothing_is_the_corrected_exponential_mean(tmp_path):
+    found = find(Net(), tmp_path, steps=20, max_lr=0.1, smoothing=0.8)
+    weights = [0.2 * 0.8**i for i in range(20)]
+    for i, smoothed in enumerate(found.smoothed):
+        used = weights[: i + 1]
+        assert smoothed == pytest.approx(sum(w * loss for w, loss in zip(used, found.losses[i::-1], strict=True)) / sum(used))
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
+def test_on_quadratics_the_suggestion_is_near_one_over_the_curvature(condition, tmp_path):
+    for seed in range(20):
+        module = Quadratic(seed, condition)
+        found = find(module, tmp_path, max_lr=1000.0)
+        assert found.diverged
+        assert 1 / 3 < found.suggestion() * module.largest < 3, (seed, condition)
+        for method in METHODS:
+            rate = found.suggestion(method)
+            assert rate is None or 1e-7 <= rate <= found.lrs[-1], method
+
+
+def test_a_loss_that_is_not_a_number_ends_the_test(tmp_path):
+    class Breaks(Net):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            return loss * float("nan") if self.optimizers().param_groups[0]["lr"] > 1e-3 else loss
+
+    found = find(Breaks(), tmp_path)
+    assert found.diverged and found.lrs[-2] <= 1e-3 < found.lrs[-1] and len(found.losses) == len(found.lrs) - 1
+    assert found.suggestion("divergence") == pytest.approx(found.lrs[-1] / 10)
+
+
+def test_a_negative_loss_that_falls_does_not_count_as_diverging(tmp_path):
+    class Negative(Quadratic):
+        def training_step(self, batch):
+            return super().training_step(batch) - 50
+
+    found = find(Negative(1, largest=1.0), tmp_path, max_lr=1.0)
+    assert not found.diverged and len(found.lrs) == 100
+
+
+# ---------------------------------------------------------------------- no trace
+
+
+def fingerprint(module, t):
+    tensors = [each.tolist() for each in module.state_dict().values()]
+    modes = [part.training for part in module.modules()]
+    generators = [torch.get_rng_state().tolist(), random.getstate()]
+    return copy.deepcopy([tensors, modes, generators, dict(module.hparams), {k: v for k, v in vars(t).items() if k[0] != "_"}])
+
+
+def test_two_calls_from_python_find_the_same_and_leave_no_trace(tmp_path):
+    module, t = Net(), trainer(tmp_path / "runs", "journal", gradient_clip_val=0.5)
+    module.layers[3].eval()
+    before, train = fingerprint(module, t), loader(generator=torch.Generator().manual_seed(3))
+    order = train.generator.get_state()
+    first = lr_find(t, module, train)
+    assert fingerprint(module, t) == before and torch.equal(train.generator.get_state(), order)
+    torch.rand(3)
+    again = fingerprint(module, t)
+    torch.manual_seed(0), torch.rand(1)
+    state = torch.get_rng_state()
+    second, third = lr_find(t, module, train), lr_find(t, module, train)
+    assert torch.equal(torch.get_rng_state(), state) and again != before
+    assert second == third and second.lrs == first.lrs
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["training_step", "backward", "optimizer"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_error_in_a_test_leaves_no_trace_either(place, step, tmp_path):
+    class Fails(Net):
+        calls = 0
+
+        def count(self, here):
+            if here == place:
+                self.__class__.calls += 1
+                if self.calls == step:
+                    raise RuntimeError("on purpose")
+
+        def training_step(self, batch):
+            self.count("training_step")
+            return super().training_step(batch)
+
+        def on_after_backward(self):
+            self.count("backward")
+
+        def on_after_optimizer_step(self):
+            self.count("optimizer")
+
+    module, t = Fails(), trainer(tmp_path / "runs")
+    before = fingerprint(module, t)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        lr_find(t, module, loader())
+    assert fingerprint(module, t) == before
+
+
+SCHEDULERS = {
+    "none": None,
+    "one cycle": lambda optimizer, lr: lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=16
+    ),
+    "cosine": lambda optimizer, lr: lr_scheduler.CosineAnnealingLR(optimizer, 16),
+    "steps": lambda optimizer, lr: lr_scheduler.StepLR(optimizer, 3),
+    "warm-up": lambda optimizer, lr: lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5)),
+    "one after the other": lambda optimizer, lr: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.ExponentialLR(optimizer, 0.9)], [4]
+    ),
+}
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, {"precision": "bf16-mixed"}], ids=["", "accumulation", "bf16"]
+)
+def test_the_fit_is_the_one_that_would_have_begun_with_the_rate(name, groups, options, tmp_path):
+    def fit(lr, *plugins):
+        torch.manual_seed(3)
+        module = Net(lr, SCHEDULERS[name], groups)
+        t = trainer(tmp_path, *plugins, max_epochs=2, **options)
+        t.fit(module, loader())
+        return module, t
+
+    module, t = fit(0.05, {"lr_finder": {"steps": 30, "max_lr": 100.0}})
+    rate = t.enabled["lr_finder"].result.suggestion()
+    assert rate != 0.05 and module.hparams.lr == rate
+    expected, _ = fit(rate)
+    for mine, theirs in zip(module.rates, expected.rates, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    for mine, theirs in zip(module.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)  # rates that were scaled may differ in the last bit
+    assert len(module.rates) == 16
+
+
+# ---------------------------------------------------------------------- when
+
+
+class Counts:
+    def __init__(self):
+        self.steps, self.texts, self.figures, self.metrics = 0, [], [], []
+
+    @hookimpl
+    def on_train_batch_end(self):
+        self.steps += 1
+
+    @hookimpl
+    def log_metrics(self, step):
+        self.metrics.append(step)
+
+    @hookimpl
+    def log_text(self, name, text):
+        self.texts.append((name, text))
+
+    @hookimpl
+    def log_figure(self, name, figure):
+        self.figures.append(name)
+
+
+def test_it_is_looked_for_at_the_epochs_that_are_named_and_others_hear_of_the_result_alone(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    counts = Counts()
+    t = trainer(tmp_path, {"lr_finder": {"at_epochs": [0, 2], "max_lr": 10.0}}, counts, max_epochs=3)
+    t.fit(Net(), loader())
+    assert counts.steps == 24 and sorted(set(counts.metrics)) == list(range(1, 25))
+    assert counts.figures == ["lr_finder"] * 2 and [name for name, _ in counts.texts] == ["lr_finder"] * 2
+    rate = t.enabled["lr_finder"].result.suggestion()
+    assert f"lr_finder: learning rate {rate:.3e}, by minimum" in caplog.text
+    assert counts.texts[1][1].count("\n") == len(t.enabled["lr_finder"].result.lrs) + 1
+
+
+def test_a_run_that_goes_on_does_not_look_for_it_again(tmp_path):
+    class Saves:
+        @hookimpl
+        def on_train_epoch_end(self, run):
+            if run.position.epoch == 0:
+                run.save_checkpoint(tmp_path / "edge.safetensors")
+
+        @hookimpl
+        def on_train_batch_end(self, run):
+            if run.position.step == 3:
+                run.save_checkpoint(tmp_path / "middle.safetensors")
+
+    torch.manual_seed(1)
+    whole = Net()
+    trainer(tmp_path, {"lr_finder": {"max_lr": 10.0}}, Saves(), max_epochs=2, seed=1).fit(whole, loader())
+    for name in ("edge", "middle"):
+        module = Net()
+        t = trainer(tmp_path, {"lr_finder": {"max_lr": 10.0}}, max_epochs=2, seed=1)
+        t.fit(module, loader(), ckpt_path=tmp_path / f"{name}.safetensors")
+        assert t.enabled["lr_finder"].result is None
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_tune_sets_the_rate_for_a_fit_that_follows(tmp_path):
+    module, t = Net(), trainer(tmp_path, {"lr_finder": {"steps": 30}})
+    weights = copy.deepcopy(module.state_dict())
+    found = t.tune(module, loader())
+    assert isinstance(found, RangeTest) and module.hparams.lr == found.suggestion()
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), weights.values(), strict=True))
+    plain = trainer(tmp_path)
+    plain.fit(module, loader())
+    assert plain.run.optimizers[0].param_groups[0]["lr"] == found.suggestion()
+
+
+def test_the_attribute_is_set_where_the_module_keeps_it(tmp_path):
+    class Own(Quadratic):
+        def __init__(self):
+            super().__init__(1)
+            self.rate = 0.01
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+    module = Own()
+    t = trainer(tmp_path, {"lr_finder": {"attribute": "rate", "steps": 40, "max_lr": 100.0}})
+    assert t.tune(module, [torch.zeros(1)]).suggestion() == module.rate
+    with pytest.raises(AttributeError, match="Own has no attribute 'speed', nor a hyperparameter of this name"):
+        trainer(tmp_path, {"lr_finder": {"attribute": "speed", "steps": 40, "max_lr": 100.0}}).tune(module, [torch.zeros(1)])
+
+
+def test_without_a_suggestion_the_rate_stays(tmp_path, caplog):
+    class Constant(Net):
+        def training_step(self, batch):
+            return self.layers(batch[0]).sum() * 0 + 1.5
+
+    module, t = Constant(), trainer(tmp_path, "lr_finder")
+    t.fit(module, loader())
+    assert module.hparams.lr == 0.05 and t.run.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert "the losses suggest no learning rate, and it stays as it was" in caplog.text
+
+
+# ---------------------------------------------------------------------- the result, and mistakes
+
+
+def test_the_result_can_be_drawn_and_saved(tmp_path):
+    figures = pytest.importorskip("matplotlib.figure")
+    found = find(Quadratic(1), tmp_path, max_lr=1000.0)
+    figure = found.plot()
+    assert isinstance(figure, figures.Figure)
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log" and list(axes.lines[1].get_ydata()) == found.smoothed
+    assert axes.lines[2].get_xdata()[0] == found.suggestion()
+    assert len(found.plot(suggest=False).axes[0].lines) == 2
+    found.save(tmp_path / "found.json")
+    saved = json.loads((tmp_path / "found.json").read_text())
+    assert saved["lrs"] == found.lrs and saved["suggestion"] == found.suggestion()
+
+
+def test_methods_on_a_curve_that_was_drawn_by_hand():
+    """Flat, down to the middle, flat, up and up: each method has its place on it."""
+    lrs = [10 ** (-6 + i / 10) for i in range(80)]
+    smoothed = [2.0] * 30 + [2.0 - 0.1 * i for i in range(1, 16)] + [0.5] * 15 + [0.5 + 0.02 * i * i for i in range(1, 21)]
+    found = RangeTest(lrs, smoothed, smoothed, True)
+    assert found.suggestion("divergence") == pytest.approx(lrs[-1] / 10)
+    assert found.suggestion() == found.suggestion("minimum")
+    assert lrs[28] <= found.suggestion("steepest") <= lrs[44]
+    assert found.suggestion("minimum") == pytest.approx(lrs[44] / 10)
+    assert lrs[34] <= found.suggestion("valley") <= lrs[40]
+    assert lrs[40] <= found.suggestion("slide") <= lrs[62]
+    with pytest.raises(ValueError, match="method must be one of minimum, steepest, valley, slide, divergence, got 'best'"):
+        found.suggestion("best")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr must be above 0 and below max_lr, got 1.0 and 0.1"),
+        ({"min_lr": 0.0}, "min_lr must be above 0"),
+        ({"steps": 5}, "steps must be at least 10, got 5"),
+        ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1, got 1.0"),
+        ({"divergence": 1.0}, "divergence must be above 1, got 1.0"),
+        ({"method": "best"}, "method must be one of minimum, steepest, valley, slide, divergence, got 'best'"),
+        ({"mode": "log"}, "mode must be one of exponential, linear, got 'log'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        LearningRateFinder(**options)
+
+
+def test_several_optimizers_and_manual_optimization_are_refused(tmp_path):
+    class Two(Quadratic):
+        def training_step(self, batch, batch_idx, optimizer_idx):
+            return super().training_step(batch)
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    class Manual(Quadratic):
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.automatic_optimization = False
+
+    for module, what in ((Two(1), "for 2 optimizers"), (Manual(1), "in manual optimization")):
+        with pytest.raises(ValueError, match=f"a learning rate cannot be looked for {what}"):
+            find(module, tmp_path)

@@ -1,0 +1,167 @@
+"""Writes what ``predict_step`` returns to files, batch by batch or at the end, one series of files for each rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchplug import Run, hookimpl
+
+__all__ = ["PredictionWriter"]
+
+
+@dataclass(kw_only=True, eq=False)
+class PredictionWriter:
+    """Writes predictions with the places that they belong to. With ``trainer.predict(..., return_predictions=False)`` and
+    write_interval='batch' none of them stays in memory.
+
+    A record is a dict of ``predictions`` (what predict_step returned, on the CPU), ``batch_idx``, ``dataloader_idx``, ``rank``
+    and ``samples``: the numbers, from 0, that the samples of the batch have in the order in which this process got them from the
+    loader; for one process and an unshuffled loader these are indices of the data set. A file of 'pt' holds one record, or with
+    write_interval='epoch' the list of all. It has tensors, numbers, texts, None, lists, tuples and dicts alone, and loads with
+    ``torch.load(path, weights_only=True)``. In a file of 'safetensors' each tensor or number of the predictions is a tensor under its
+    path, such as ``predictions.logits`` or ``predictions.0``, and the rest of the record is JSON under ``record`` in the metadata;
+    with write_interval='epoch' the number of the record comes first (``12.predictions.logits``), and ``record`` is a list.
+
+    Args:
+        dir: Folder to write to. None: the folder predictions in the directory of the run.
+        write_interval: When to write: 'batch' after each batch, in files such as rank0-loader0-batch000012.pt; 'epoch' at the end,
+            in one file such as rank0.pt, which keeps everything in memory until then.
+        format: What to write: 'pt' (torch.save) or 'safetensors'.
+        overwrite: Delete the predictions that this rank wrote to the folder earlier. False: they are an error.
+    """
+
+    dir: str | os.PathLike[str] | None = None
+    write_interval: Literal["batch", "epoch"] = "batch"
+    format: Literal["pt", "safetensors"] = "pt"
+    overwrite: bool = False
+
+    files: int = field(init=False, default=0)
+    _folder: Path = field(init=False, default=Path(), repr=False)
+    _samples: dict[int, int] = field(init=False, default_factory=dict, repr=False)  # of each loader, so far
+    _kept: list[dict[str, Any]] = field(init=False, default_factory=list, repr=False)
+
+    after = "*"  # the last word on what the outputs are
+
+    def __post_init__(self) -> None:
+        if self.dir is not None and (not isinstance(self.dir, (str, os.PathLike)) or not str(self.dir)):
+            raise TypeError(f"dir must be a folder or None, got {self.dir!r}")
+        if self.write_interval not in ("batch", "epoch"):
+            raise ValueError(f"write_interval must be 'batch' or 'epoch', got {self.write_interval!r}")
+        if self.format not in ("pt", "safetensors"):
+            raise ValueError(f"format must be 'pt' or 'safetensors', got {self.format!r}")
+        if not isinstance(self.overwrite, bool):
+            raise TypeError(f"overwrite must be True or False, got {self.overwrite!r}")
+
+    # ------------------------------------------------------------------ hooks
+
+    @hookimpl
+    def on_predict_start(self, run: Run) -> None:
+        self.files, self._samples, self._kept = 0, {}, []
+        self._folder = run.dir / "predictions" if self.dir is None else Path(self.dir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        earlier = [*self._folder.glob(f"rank{run.rank}.*"), *self._folder.glob(f"rank{run.rank}-*")]
+        if earlier and not self.overwrite:
+            raise FileExistsError(f"{self._folder} holds predictions already; give another dir, or overwrite=True to delete them")
+        for path in earlier:
+            path.unlink()
+
+    @hookimpl
+    def on_predict_batch_end(self, run: Run, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
+        first, size = self._samples.get(dataloader_idx, 0), run.metrics.size
+        self._samples[dataloader_idx] = first + size
+        record = {
+            "predictions": _plain(outputs, "predictions"),
+            "batch_idx": batch_idx,
+            "dataloader_idx": dataloader_idx,
+            "rank": run.rank,
+            "samples": list(range(first, first + size)),
+        }
+        if self.write_interval == "epoch":
+            self._kept.append(record)
+        else:
+            self._write(f"rank{run.rank}-loader{dataloader_idx}-batch{batch_idx:06}", record)
+
+    @hookimpl
+    def on_predict_end(self, run: Run) -> None:
+        if self.write_interval == "epoch":
+            kept, self._kept = self._kept, []
+            self._write(f"rank{run.rank}", kept)
+        run.report[run.name_of(self)] = f"{self.files} file{'s' * (self.files > 1)} with predictions in {self._folder}"
+
+    @hookimpl
+    def teardown(self) -> None:
+        self._kept = []
+
+    # ------------------------------------------------------------------ files
+
+    def _write(self, name: str, record: Any) -> None:
+        """A file that is whole or not there."""
+        path = self._folder / f"{name}.{self.format}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            if self.format == "pt":
+                torch.save(record, temporary)
+            else:
+                _save_tensors(record, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.files += 1
+
+
+def _save_tensors(record: Any, path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    records = [_separated(each, f"{number}.", tensors) for number, each in enumerate(record)] if isinstance(record, list) else None
+    rest = records if records is not None else _separated(record, "", tensors)
+    save_file(tensors, path, {"record": json.dumps(rest)})
+
+
+def _separated(record: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Puts the predictions of a record into ``tensors``; what is left of it."""
+    _flatten(record["predictions"], f"{prefix}predictions", tensors)
+    return {name: value for name, value in record.items() if name != "predictions"}
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> None:
+    if isinstance(value, (list, tuple, dict)):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _flatten(part, f"{path}.{name}", tensors)
+    elif isinstance(value, (Tensor, bool, int, float)):
+        if path in tensors:
+            raise ValueError(f"{path} stands for two predictions; rename a key, or write format='pt'")
+        tensors[path] = value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
+    else:
+        raise TypeError(f"{path} is a {type(value).__name__}, which safetensors cannot hold; write format='pt', or return tensors")
+
+
+def _plain(value: Any, path: str) -> Any:
+    """``value`` in types that load with weights_only=True: tensors on the CPU that share nothing with the run.
+
+    Raises:
+        TypeError: something that has no such form, by its path.
+    """
+    if isinstance(value, Tensor):
+        tensor = value.detach().as_subclass(Tensor)
+        # a copy is needed of what stays on the CPU: it may be changed later, or be a small part of a large storage
+        return tensor.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else tensor.cpu()
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return torch.as_tensor(value).clone() if getattr(value, "ndim", 0) else value.tolist()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {name: _plain(part, f"{path}.{name}") for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part, f"{path}.{number}") for number, part in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    raise TypeError(
+        f"{path} is a {type(value).__name__}, which is not written; return tensors, numbers, texts, and lists, tuples and dicts of them"
+    )

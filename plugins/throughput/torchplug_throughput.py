@@ -1,0 +1,200 @@
+"""Logs how fast a run trains: samples, steps and tokens per second, and how much of the device's peak that takes."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchplug import Run, hookimpl
+
+__all__ = ["Throughput"]
+
+
+class _Mark(NamedTuple):
+    """How far the run was at some time of its clock."""
+
+    seconds: float
+    step: int
+    micro_step: int
+    samples: int
+    tokens: float
+
+
+@dataclass(kw_only=True, eq=False)
+class Throughput:
+    """Logs rates at every logging step, under ``throughput/``: samples_per_sec, steps_per_sec (optimizer steps), tokens_per_sec.
+
+    A rate is taken over a window of steps that ends at the logging step. Waiting for data counts, and so does everything else
+    between two batches, but for validation, checkpoints that are written while training waits, and the time from one epoch to
+    the next. The first batch of a run is left out. All of it is of this process.
+
+    With peak_flops it logs flops_per_sec and mfu too: the floating-point operations of the model, forward and backward, as
+    `torch.utils.flop_counter` counts those of the first batch while it is trained on, and their share of the peak (Chowdhery
+    et al., "PaLM", 2022, appendix B). They are taken to grow with the number of samples in a batch.
+
+    Args:
+        window_size: Length of the window in optimizer steps. It begins and ends at a logging step, so it may be longer by up to
+            the Trainer's log_every_n_steps.
+        tokens: What counts the tokens of a batch: a function of the batch that gives a number, or the name of a key or attribute
+            of the batch: a number, or a tensor with one element for each token. None counts none.
+        peak_flops: Floating-point operations per second that the device can do at best, in the precision of the run, such as
+            989e12 for an H100 in bfloat16. None logs no utilisation.
+    """
+
+    window_size: int = 100
+    tokens: Callable[[Any], Any] | str | None = None
+    peak_flops: float | None = None
+
+    _marks: deque[_Mark] = field(init=False, default_factory=deque, repr=False)
+    _tokens: Any = field(init=False, default=0, repr=False)  # counted so far; on the device, if that is where they are counted
+    _started: float = field(init=False, default=0.0, repr=False)
+    _paused: float = field(init=False, default=0.0, repr=False)  # seconds that the clock stood still
+    _since: float | None = field(init=False, default=None, repr=False)  # when it was stopped, if it is
+    _thread: int = field(init=False, default=0, repr=False)
+    _counter: FlopCounterMode | None = field(init=False, default=None, repr=False)  # while the first batch is counted
+    _flops: float | None = field(init=False, default=None, repr=False)  # of a sample, or of a batch if its size is not known
+    _by_sample: bool = field(init=False, default=True, repr=False)
+
+    before = "*"  # what others do at an epoch's end, or for a validation, is a pause
+
+    def __post_init__(self) -> None:
+        if type(self.window_size) is not int or self.window_size < 1:
+            raise ValueError(f"window_size must be a whole number of steps, at least 1, got {self.window_size!r}")
+        if self.tokens is not None and not callable(self.tokens) and not (isinstance(self.tokens, str) and self.tokens):
+            raise TypeError(f"tokens must be a function of the batch, or the name of a key or attribute of it, got {self.tokens!r}")
+        peak = self.peak_flops
+        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
+            raise ValueError(f"peak_flops must be a number of operations per second above 0, or None, got {peak!r}")
+
+    # ------------------------------------------------------------------ the clock
+
+    def _now(self, run: Run) -> float:
+        """Seconds that were trained, when the device has done all that it was given."""
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        return time.perf_counter() - self._started - self._paused
+
+    def _pause(self, run: Run) -> bool:
+        """Stops the clock; False if it stands still already, or this is not the thread that trains."""
+        if self._since is not None or threading.get_ident() != self._thread:
+            return False
+        self._now(run)  # what the device still has to do is training
+        self._since = time.perf_counter()
+        return True
+
+    def _go_on(self) -> None:
+        if self._since is not None:
+            self._paused += time.perf_counter() - self._since
+            self._since = None
+
+    # ------------------------------------------------------------------ hooks
+
+    @hookimpl
+    def on_train_start(self) -> None:
+        self._marks, self._tokens, self._flops, self._counter = deque(), 0, None, None
+        self._started, self._paused, self._since = time.perf_counter(), 0.0, None
+        self._thread = threading.get_ident()
+
+    @hookimpl
+    def on_train_epoch_start(self) -> None:
+        self._go_on()
+
+    @hookimpl(wrapper=True)
+    def evaluate(self, run: Run) -> Iterator[Any]:
+        stopped = self._pause(run)
+        try:
+            return (yield)
+        finally:
+            if stopped:
+                self._go_on()
+
+    @hookimpl(wrapper=True)
+    def save_checkpoint(self, run: Run) -> Iterator[Any]:
+        stopped = self._pause(run)
+        try:
+            return (yield)
+        finally:
+            if stopped:
+                self._go_on()
+
+    @hookimpl
+    def on_train_epoch_end(self, run: Run) -> None:
+        self._pause(run)
+
+    @hookimpl
+    def on_train_batch_start(self) -> None:
+        if self._flops is None and self.peak_flops is not None:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()  # type: ignore[no-untyped-call]  # left by on_train_batch_end, or on_exception
+
+    @hookimpl
+    def on_train_batch_end(self, run: Run, batch: Any) -> None:
+        if self.tokens is not None:
+            self._tokens = self._tokens + self._count(batch)
+        if self._counter is not None:
+            self._measured(run)
+        elif self._marks and (run.position.step % run.options.log_every_n_steps or run.position.step == self._marks[-1].step):
+            return
+        self._mark(run)
+
+    @hookimpl
+    def on_exception(self) -> None:
+        self._stop_counting()
+
+    # ------------------------------------------------------------------ numbers
+
+    def _mark(self, run: Run) -> None:
+        """Notes where the run is, and logs the rates over the window that ends here."""
+        now, where, marks = self._now(run), run.position, self._marks
+        marks.append(_Mark(now, where.step, where.micro_step, where.samples, float(self._tokens)))
+        while len(marks) > 2 and where.step - marks[1].step >= self.window_size:
+            marks.popleft()
+        first, last = marks[0], marks[-1]
+        if where.step % run.options.log_every_n_steps or last.step == first.step:
+            return
+        seconds = last.seconds - first.seconds
+        rates: dict[str, float] = {"samples": last.samples - first.samples, "steps": last.step - first.step}
+        if self.tokens is not None:
+            rates["tokens"] = last.tokens - first.tokens
+        if self._flops and self.peak_flops is not None:
+            count = last.samples - first.samples if self._by_sample else last.micro_step - first.micro_step
+            rates["flops"] = self._flops * count
+            run.log("throughput/mfu", self._flops * count / seconds / self.peak_flops)
+        for name, amount in rates.items():
+            if amount or name != "samples":  # nothing is said of batches whose size is not known
+                run.log(f"throughput/{name}_per_sec", amount / seconds)
+
+    def _measured(self, run: Run) -> None:
+        """The first batch is over: what it took is known."""
+        counter = self._stop_counting()
+        assert counter is not None
+        size, flops = run.metrics.size, counter.get_total_flops()
+        self._by_sample = size > 0
+        self._flops = flops / size if size else float(flops)
+        if not flops:
+            run.say_once(f"plugin {run.name_of(self)!r}: the first batch has no operation that torch can count, so mfu is not logged")
+
+    def _stop_counting(self) -> FlopCounterMode | None:
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return counter
+
+    def _count(self, batch: Any) -> Any:
+        """The tokens of a batch: a number, or a tensor with one element."""
+        if not isinstance(self.tokens, str):
+            assert self.tokens is not None
+            return self.tokens(batch)
+        there = batch.get(self.tokens) if isinstance(batch, Mapping) else getattr(batch, self.tokens, None)
+        if there is None:
+            raise ValueError(f"tokens={self.tokens!r} is no key or attribute of the batch, a {type(batch).__name__}; give a function of it")
+        return there.numel() if isinstance(there, Tensor) and there.dim() else there
