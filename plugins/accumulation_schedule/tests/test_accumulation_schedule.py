@@ -268,7 +268,7 @@ def test_another_schedule_is_refused_unless_it_is_left_out(tmp_path: Any, whole:
     with pytest.raises(CheckpointError, match="accumulate_grad_batches was 2, is 1"):
         fit(tmp_path, Net(), data=shuffled(), ckpt_path=path / "end-1.safetensors")
     trainer = Trainer(max_epochs=4, root_dir=tmp_path, plugins=[schedule(scheduling={0: 7})])
-    trainer.fit(Net(), shuffled(), ckpt_path=path / "end-1.safetensors", resume={"exclude": ["plugin:accumulation_schedule"]})
+    trainer.fit(Net(), shuffled(), ckpt_path=path / "end-1.safetensors", resume={"exclude": ["plugin:accumulation_schedule", "data"]})
     assert trainer.run is not None and trainer.run.position.step == 3 + 2 + 2
 
 
