@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Interruption", "held", "leave", "sparing", "watching"]
 
-_watched = torch.zeros(signal.NSIG, dtype=torch.uint8)  # by the number of a signal, how many runs act on it; workers see it
+_watched = torch.zeros(2, signal.NSIG, dtype=torch.uint8)  # by number of a signal: how many runs act on it, whether any did
+NOW, EVER = 0, 1
 
 
 class Interruption(BaseException):
@@ -71,7 +72,8 @@ class _Watch:
         if number is None or number in self.earlier or signal.getsignal(number) in (signal.SIG_IGN, None):
             return
         self.earlier[number] = signal.getsignal(number)
-        _watched[number] += 1
+        _watched[NOW, number] += 1
+        _watched[EVER, number] = 1
         signal.signal(number, self.interrupt)
 
     def end(self) -> None:
@@ -83,7 +85,7 @@ class _Watch:
         finally:
             self._over = True
             for number in self.earlier:
-                _watched[number] -= 1
+                _watched[NOW, number] -= 1
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
@@ -125,7 +127,7 @@ class Sparing:
     so do a window and an epoch that go on to their end. When the run is over, the next signal ends the worker.
 
     Args:
-        watched: which signals a run acts on at present, in memory that is shared with the workers.
+        watched: which signals runs act on, at present and ever, in memory that is shared with the workers.
         inner: the loader's own ``worker_init_fn``.
     """
 
@@ -133,7 +135,7 @@ class Sparing:
     inner: Callable[[int], Any] | None
 
     def __call__(self, worker: int) -> None:
-        numbers = self.watched.nonzero().flatten().tolist()
+        numbers = self.watched[EVER].nonzero().flatten().tolist()  # the run may be over before its worker begins
         for number in numbers:
             signal.signal(number, self._pass)
             if hasattr(signal, "siginterrupt"):
@@ -144,7 +146,7 @@ class Sparing:
             self.inner(worker)
 
     def _pass(self, number: int, frame: FrameType | None) -> None:
-        if not self.watched[number]:
+        if not self.watched[NOW, number]:
             os._exit(0)
 
 
@@ -159,7 +161,7 @@ def held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _watched.nonzero().flatten().tolist())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _watched[NOW].nonzero().flatten().tolist())
     try:
         yield
     finally:

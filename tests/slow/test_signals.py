@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 import torchplug
 from torchplug import Run, Trainer, hookimpl
 from torchplug.checkpoint import load, verify
+from torchplug.signals import held, sparing, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")]
 
@@ -256,7 +257,8 @@ def test_workers_outlive_a_signal_to_the_group_and_the_step_gets_the_batches_tha
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: signal.Signals(number).name)
-def test_spawned_workers_outlive_it_too(number: int, tmp_path: Path, interrupt: Any, processes: Any) -> None:
+def test_spawned_workers_outlive_it_too(number: int, tmp_path: Path, interrupt: Any, processes: Any, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # they import this file by its name
     job = Job(tmp_path, context="spawn", options={**WINDOWS, "max_epochs": 1})
     assert interrupt(job, Meeting("on_train_batch_end", 4, number), soon=60) == (6, 2)  # each imports torch
     assert same(job, processes)
@@ -306,6 +308,30 @@ def test_a_program_that_fails_with_workers_in_mid_epoch_ends(tmp_path: Path, pro
         raise AssertionError("it should have failed")
 
     assert processes.run([alone]) == [0]
+
+
+def test_a_worker_that_begins_when_the_run_is_over_ends_at_a_signal(tmp_path: Path, processes: Any) -> None:
+    """It was started while signals waited, and slow; nobody acts on them any more when it has its handlers."""
+
+    def alone() -> None:
+        trainer = Trainer(max_epochs=1, root_dir=tmp_path)
+        train = DataLoader(Noisy(14, 0), 2)
+        trainer.fit(Net(), train)
+        assert trainer.run is not None
+        with watching(trainer.run, ["SIGTERM"]), held():
+            late = FORK.Process(target=begin_late, args=(sparing(None),))
+            late.start()
+        late.terminate()
+        late.join(10)
+        assert late.exitcode == 0
+
+    assert processes.run([alone]) == [0]
+
+
+def begin_late(begin: Any) -> None:
+    time.sleep(1)
+    begin(0)
+    time.sleep(60)
 
 
 def test_persistent_workers_are_gone_when_the_run_is(tmp_path: Path, processes: Any) -> None:
