@@ -160,6 +160,12 @@ def loggers(output: str, folder: Path) -> None:
     assert sorted(each.name for each in folder.iterdir()) == ["runs"], "nothing is written anywhere else"
 
 
+@example("averaging", "--data", "FASHION_MNIST", "--limit", "3000", "--epochs", "2")
+def averaging(output: str, folder: Path) -> None:
+    rows = dict(re.findall(r"^(SGD.*?|SWA|EMA.*?) {2,}([\d.]+) %", output, re.MULTILINE))
+    assert len(rows) == 5 and all(float(value) > 70 for value in rows.values()), output
+
+
 @example("preemptible")
 def preemptible(output: str, folder: Path) -> None:
     """Stopped at step 60 and started again in another folder, it ends with the same line: steps, loss, and every bit of the weights."""

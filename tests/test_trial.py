@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,14 @@ def test_a_plugin_whose_state_has_changed_gets_it_back(tmp_path: Path) -> None:
     counts = Counts()
     Trainer(max_epochs=1, plugins=[counts], root_dir=tmp_path, accelerator="cpu").fit(Net(), DataLoader(Noisy(), 2))
     assert counts.loaded == [{"value": 1}]
+
+
+def test_a_signal_that_comes_inside_is_not_lost(tmp_path: Path) -> None:
+    def interrupt(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        outcome(tmp_path, Tries("on_train_start", 1, change=interrupt))
 
 
 def test_gradients_that_are_there_come_back(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torchplug.options import duration
 from torchplug.run import Run
 from torchplug.seed import preserved, seed_everything
 from torchplug.trainer import Trainer
+from torchplug.trial import trial
 
-__all__ = ["DataModule", "Module", "PluginError", "Run", "Trainer", "duration", "hookimpl", "preserved", "seed_everything"]
+__all__ = ["DataModule", "Module", "PluginError", "Run", "Trainer", "duration", "hookimpl", "preserved", "seed_everything", "trial"]
 __version__ = "0.1.0"

@@ -28,7 +28,7 @@ from torchplug.files import replacing, sweep
 from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
 from torchplug.outflow import BLOCK, Outflow
 
-__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "replacing", "sweep", "verify", "write"]
+__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "replacing", "sweep", "verify", "weights", "write"]
 
 CHUNK = 1 << 20  # bytes that are read and summed up while they are in the processor's cache
 SUM = (1 << 32) - 1  # no checksum has more digits
@@ -79,6 +79,32 @@ def load(path: str | Path, parts: Collection[str] | None = None) -> dict[str, An
         _raise(_read_tensors(file, path, found, entries.values(), tensors))
     whole: dict[str, Any] = _filled(state, tensors)
     return whole
+
+
+def weights(path: str | Path, name: str | None = None) -> dict[str, Any]:
+    """The module's state dict in a checkpoint.
+
+    Args:
+        path: the file.
+        name: a plugin that keeps weights besides the module's own (``weights`` in its state, by the module's names), such as an average:
+            they take the place of the module's. None: the module's own.
+
+    Raises:
+        CheckpointError: as with `load`; or there is no such plugin in it, or it keeps no weights; those that do are named.
+    """
+    if name is None:
+        module = load(path, parts=["module"])["module"]
+    else:
+        state = load(path, parts=["module", "plugins"])
+        module, plugins = state["module"], state["plugins"]
+        having = [each for each, kept in plugins.items() if isinstance(kept, dict) and isinstance(kept.get("weights"), dict)]
+        if name not in having:
+            raise CheckpointError(f"{path} holds no weights of {name!r}; there are those of {', '.join(having) or 'the module alone'}")
+        kept = plugins[name]["weights"]
+        module = {key: kept[key].to(value.dtype) if key in kept else value for key, value in module.items()}
+    if not isinstance(module, dict):
+        raise CheckpointError(f"{path} holds no module")
+    return module
 
 
 def verify(path: str | Path) -> list[str]:

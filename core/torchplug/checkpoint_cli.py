@@ -55,6 +55,7 @@ def add_commands(commands: Any) -> None:
     export.add_argument("path", metavar="CKPT", type=Path, help="a checkpoint")
     export.add_argument("target", metavar="OUT", type=Path, help="the file to write: its name ends in .safetensors or .pt")
     export.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    export.add_argument("--weights", metavar="NAME", help="those that this plugin keeps, such as ema (default: the module's own)")
     export.set_defaults(run=_export)
 
 
@@ -180,7 +181,7 @@ def _export(chosen: argparse.Namespace) -> int:
     if target.exists() and not chosen.force:
         return _wrong(f"{target} is there already; --force replaces it", 2)
     try:
-        weights = _weights(path, only_tensors=target.suffix == ".safetensors")
+        weights = _weights(path, chosen.weights, only_tensors=target.suffix == ".safetensors")
         with replacing(target) as temporary:
             _write(weights, temporary, target.suffix)
     except CheckpointError as error:
@@ -212,11 +213,9 @@ def _write(weights: dict[str, Any], path: Path, suffix: str) -> None:
     path.chmod(mode)
 
 
-def _weights(path: Path, only_tensors: bool) -> dict[str, Any]:
+def _weights(path: Path, name: str | None, only_tensors: bool) -> dict[str, Any]:
     """The module's state dict; tied tensors are copies of each other where only tensors are possible, because one has one name then."""
-    weights = checkpoint.load(path, parts=["module"])["module"]
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{path} holds no module")
+    weights = checkpoint.weights(path, name)
     if not only_tensors:
         return weights
     known: set[int] = set()

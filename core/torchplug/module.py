@@ -258,20 +258,21 @@ class Module(nn.Module):
         self._hparams_logged = logger
 
     @classmethod
-    def load_from_checkpoint(cls, path: str | Path, strict: bool = True, **overrides: Any) -> Any:
+    def load_from_checkpoint(cls, path: str | Path, strict: bool = True, averaged: str | None = None, **overrides: Any) -> Any:
         """A module of this class built from the hyperparameters in a checkpoint (and ``overrides``), with its weights.
 
         Args:
             path: a checkpoint that torchplug wrote.
             strict: whether names of parameters must match exactly.
+            averaged: the name of a plugin whose weights to take, such as "ema" for the average; None: the module's own.
             overrides: arguments of ``__init__`` in place of those that were saved.
 
         Raises:
             TypeError: ``__init__`` needs arguments that are neither saved nor given; they are named.
         """
-        from torchplug.checkpoint import load
+        from torchplug import checkpoint
 
-        state = load(path)
+        state = checkpoint.load(path)
         saved = {name: _attributes(value) for name, value in state["hyperparameters"].items()}
         if state["hyperparameters_argument"]:
             saved = {state["hyperparameters_argument"]: Hyperparameters(saved)}
@@ -294,7 +295,7 @@ class Module(nn.Module):
                 f"or give them here: load_from_checkpoint(path, {needed[0]}=...)"
             )
         module = cls(**arguments)
-        module.load_state_dict(state["module"], strict=strict)
+        module.load_state_dict(state["module"] if averaged is None else checkpoint.weights(path, averaged), strict=strict)
         return module
 
     # ------------------------------------------------------------------ conveniences

@@ -47,7 +47,10 @@ def trial(run: Run) -> Iterator[Trial]:
             yield attempt
     finally:
         attempt.close()
+        interrupted = run.interrupted
         put_back()
+        if interrupted:  # a signal that came inside is not undone
+            run.interrupted, run.attention = interrupted, True
 
 
 class Trial:
@@ -77,6 +80,14 @@ class Trial:
             position.batch, position.micro_step = position.batch + 1, position.micro_step + 1
             hooks.on_train_batch_end(run, outputs, batch, position.batch - 1)
         return torch.stack(losses).mean().item() if losses else float("nan")
+
+    def batches(self) -> Iterator[Any]:
+        """The batches of one epoch, on the device, for who does something else with them than train."""
+        run = self.run
+        for batch in islice(begin(self.loader, run.position.epoch, run.position.micro_step), run.limits["train"][0]):
+            batch = run.hooks.move_batch(run, batch)
+            run.metrics.size = batch_size(batch)
+            yield batch
 
     def _endless(self) -> Iterator[Any]:
         """Epoch after epoch."""
