@@ -318,3 +318,168 @@ def test_the_loss_is_the_mean_over_the_batches_of_a_step(tmp_path: Path) -> None
     options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 3, "accelerator": "cpu", "num_sanity_val_steps": 0}
     Trainer(plugins=[tries], root_dir=tmp_path, **options).fit(module, DataLoader(Noisy(), 2))
     assert tries.losses == [2.0, 5.0] and module.count == 7
+
+
+def test_a_signal_that_comes_in_a_trial_ends_the_run(tmp_path: Path) -> None:
+    def change(run: Any) -> None:
+        run.interrupted = "SIGTERM"
+
+    module = Net()
+    with pytest.raises(SystemExit):
+        outcome_of(tmp_path, module, Tries("on_train_start", 2, change=change))
+    assert module.count == 0
+
+
+def outcome_of(root: Path, module: Module, *plugins: Any, val: Any = None, train: Any = None, **options: Any) -> Any:
+    trainer = Trainer(**{"max_epochs": 1, "root_dir": root, "accelerator": "cpu", "num_sanity_val_steps": 0, "plugins": plugins, **options})
+    trainer.fit(module, DataLoader(Noisy(), 2) if train is None else train, val)
+    return trainer.run
+
+
+class Evaluates:
+    """Validates in a trial, after some steps."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.seen, self.heard = batches, [], 0
+
+    @hookimpl
+    def on_validation_batch_end(self) -> None:
+        self.heard += 1
+
+    @hookimpl
+    def on_train_start(self, run: Any) -> None:
+        with trial(run) as attempt:
+            attempt.step()
+            attempt.evaluate(self.batches)
+            self.seen = list(run.module.sizes)
+            assert run.module.layers.training and run.position.stage == "train"
+            attempt.step()
+
+
+class Sized(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def validation_step(self, batch: Any) -> None:
+        assert not self.layers.training and not torch.is_grad_enabled()
+        self.sizes.append(len(batch[0]))
+        super().validation_step(batch)
+
+
+@pytest.mark.parametrize(("batches", "sizes"), [(1, [4, 3]), (2, [4, 4, 3, 3]), (9, [4, 4, 4, 2, 3, 3, 3, 3, 2])])
+def test_a_trial_validates_on_the_first_batches_of_each_loader(batches: int, sizes: list[int], tmp_path: Path) -> None:
+    evaluates, val = Evaluates(batches), [DataLoader(Noisy(), 4), DataLoader(Noisy(), 3)]
+    module = Sized()
+    whole, run = outcome_of(tmp_path, Sized(), val=val), outcome_of(tmp_path, module, evaluates, val=val)
+    assert evaluates.seen == sizes and evaluates.heard == 9
+    assert module.sizes == [4, 4, 4, 2, 3, 3, 3, 3, 2] == whole.module.sizes
+    assert list(run.metrics.results()) == list(whole.metrics.results())
+
+
+def test_without_validation_nothing_is_evaluated(tmp_path: Path) -> None:
+    evaluates = Evaluates(2)
+    outcome_of(tmp_path, Sized(), evaluates)
+    assert evaluates.seen == []
+
+
+def test_a_trial_tells_the_largest_batch_of_a_step(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    class Looks:
+        @hookimpl
+        def on_train_start(self, run: Any) -> None:
+            with trial(run) as attempt:
+                for _ in range(3):
+                    attempt.step()
+                    sizes.append(attempt.size)
+
+    outcome_of(tmp_path, Net(), Looks(), train=DataLoader(Noisy(), 6))
+    assert sizes == [6, 6, 2]
+
+
+class Reloads:
+    """Makes loaders and optimizers anew, with batches of another size: in a trial, and for the run."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.seen = sizes, []
+
+    @hookimpl
+    def on_run_start(self, run: Any) -> None:
+        before = run.loaders, run.stream, run.optimizers, run.num_batches, run.total_steps
+        for size in self.sizes[:-1]:
+            with trial(run) as attempt:
+                run.module.size = size
+                attempt.reload()
+                assert run.optimizers[0] is not before[2][0]
+                attempt.step()
+                self.seen.append((attempt.size, run.num_batches, run.total_steps))
+            assert (run.loaders, run.stream, run.optimizers, run.num_batches, run.total_steps) == before
+        run.module.size = self.sizes[-1]
+        run.reload()
+
+
+class Loads(Net):
+    """Draws while loaders are made, and asks the run how long it will be."""
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__()
+        self.size = size
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.utils.data.random_split(Noisy(), [12, 2])[0], self.size, shuffle=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.run.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("precision", ["32", "16-mixed"])
+def test_a_run_whose_loaders_are_made_anew_is_the_one_that_began_with_them(precision: str, tmp_path: Path) -> None:
+    def result(module: Loads, *plugins: Any) -> Any:
+        random.seed(1), np.random.seed(1)
+        trainer = Trainer(max_epochs=3, root_dir=tmp_path, accelerator="cpu", plugins=plugins, precision=precision, seed=3)
+        trainer.fit(module)
+        moments = [value.tolist() for state in trainer.run.optimizers[0].state.values() for value in state.values() if value is not None]
+        weights = [value.tolist() for value in module.state_dict().values()]
+        return (
+            weights,
+            moments,
+            module.seen,
+            dict(trainer.metrics),
+            torch.get_rng_state().tolist(),
+            dataclasses.asdict(trainer.run.position),
+        )
+
+    torch.manual_seed(0)
+    expected = result(Loads(4))
+    torch.manual_seed(0)
+    reloads = Reloads(3, 12, 4)
+    assert result(Loads(2), reloads) == expected
+    assert reloads.seen == [(3, 4, 12), (12, 1, 3)]
+
+
+@pytest.mark.parametrize("where", ["on_before_optimizer_step", "on_after_optimizer_step"])
+def test_a_step_that_is_broken_off_leaves_the_loss_scaler_usable(where: str, tmp_path: Path) -> None:
+    class Breaks(Two):
+        breaks = True
+
+    def hook(self: Any, optimizer: Any) -> None:
+        if self.breaks and (where == "on_before_optimizer_step" or optimizer is self.run.optimizers[0]):
+            raise RuntimeError("on purpose")
+
+    setattr(Breaks, where, hook)
+
+    class Tries2:
+        @hookimpl
+        def on_run_start(self, run: Any) -> None:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="on purpose"), trial(run) as attempt:
+                    for _ in range(30):
+                        attempt.step()
+            run.module.breaks = False
+
+    module = Breaks()
+    run = outcome_of(tmp_path, module, Tries2(), precision="16-mixed", max_epochs=4)
+    assert run.position.step > 5

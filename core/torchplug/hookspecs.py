@@ -413,7 +413,7 @@ class Hooks:
 
     @operation
     def tune(self, run: Run) -> Any:
-        """``trainer.tune``: look for a good value and set it. Answer with the result; ``None``: nothing to tune. Since 0.1."""
+        """``trainer.tune``: look for a good value and set it. Answer with results by name; ``None``: nothing to tune. Since 0.1."""
 
     # ------------------------------------------------------------------ the end of a run
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from torchplug.seed import preserved, remembered
 from torchplug.signals import held, sparing
 
 __all__ = [
     "Indices", "Tracked", "again", "begin", "by_number", "close", "exact", "explained", "has_state", "indices_of", "places_of",
-    "samplers_of", "set_working", "workers_of", "working",
+    "rebatched", "samplers_of", "set_working", "workers_of", "working",
 ]  # fmt: skip
 
 WORKING = "_torchplug_working"  # an attribute of the copies that `exact` makes
@@ -328,6 +328,25 @@ def again(loader: Any) -> Any:
         return _copied(loader) if WORKING in getattr(loader, "__dict__", {}) else loader
     name = "batch_sampler" if isinstance(loader.batch_sampler, Indices) else "sampler"
     return _copied(loader, **{name: Indices(indices.inner, indices.workers, indices.wrapped, indices.counts)})
+
+
+def rebatched(loader: Any, size: int) -> Any:
+    """A copy of a DataLoader that gives batches of ``size`` samples; everything else (sampler, workers, collate) is the same.
+
+    Raises:
+        TypeError: it is no DataLoader, or does not make its batches itself (``batch_sampler=``, ``batch_size=None``).
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"the batches of a {type(loader).__name__} cannot be made larger or smaller: give a DataLoader with batch_size=")
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        why = (
+            "has batch_size=None" if loader.batch_sampler is None else f"has its own batch_sampler ({type(loader.batch_sampler).__name__})"
+        )
+        raise TypeError(f"the batches of a DataLoader that {why} cannot be made larger or smaller: give one with batch_size=")
+    clone = copy.copy(loader)
+    # as in `_copied`: a loader that was made does not let them be set
+    vars(clone).update(batch_size=size, batch_sampler=BatchSampler(loader.sampler, size, loader.drop_last), _iterator=None)
+    return clone
 
 
 def _copied(loader: Any, **parts: Any) -> Any:

@@ -19,6 +19,7 @@ from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
 from torchplug.state import freeze_metrics, go_on
+from torchplug.trial import out_of_memory
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
@@ -52,7 +53,7 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
         failure, run.training = error, False
         blame(error, members, run.rank)
         note_place(error, run)
-        if _out_of_memory(error):
+        if out_of_memory(error):
             told(hooks.on_out_of_memory, error)
         told(hooks.on_exception, error)
     if run.work == "fit":
@@ -75,10 +76,6 @@ def _status(run: Run, failure: BaseException | None) -> str:
     if run.interrupted:
         return "interrupted"
     return "stopped" if run.stop_reason else "finished"
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------- fit

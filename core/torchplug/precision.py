@@ -81,11 +81,6 @@ class ScaledAutocast(Autocast):
         self.scaler = run.scaler = torch.amp.GradScaler(run.device.type)  # the device is known now
         return super().setup_module(run, module)
 
-    @hookimpl
-    def on_fit_start(self, run: Run) -> None:
-        for optimizer in run.optimizers:  # the public way to learn whether the scaler let the step through
-            optimizer.register_step_post_hook(self._note_update)
-
     def _note_update(self, *_: Any) -> None:
         self.updated = True
 
@@ -107,7 +102,11 @@ class ScaledAutocast(Autocast):
             raise ValueError(f"precision='16-mixed' cannot be used with {type(optimizer).__name__}, which evaluates the loss itself")
         self.updated = False
         self.stepped.append(optimizer)
-        self.scaler.step(optimizer)
+        noting = optimizer.register_step_post_hook(self._note_update)  # the public way to learn whether the scaler let the step through
+        try:
+            self.scaler.step(optimizer)
+        finally:
+            noting.remove()
         torch.clear_autocast_cache()
         return self.updated
 
@@ -123,6 +122,10 @@ class Unscaling:
 
     def __init__(self, operations: ScaledAutocast) -> None:
         self.operations = operations
+
+    @hookimpl
+    def on_train_batch_start(self) -> None:
+        self.operations.stepped.clear()  # of a step that was broken off in a trial
 
     @hookimpl
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

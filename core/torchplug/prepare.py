@@ -22,6 +22,7 @@ from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
 from torchplug.options import discreet
+from torchplug.seed import remembered
 from torchplug.state import versions
 from torchplug.stream import Stream, exact, explained
 
@@ -69,7 +70,7 @@ def check_module(module: Any, work: str) -> None:
     if "_run" not in vars(module):
         raise TypeError(f"{type(module).__name__}.__init__ must call super().__init__() first")
     check_names(module)
-    if work == "fit" and not defines(module, "training_step"):
+    if work in ("fit", "tune") and not defines(module, "training_step"):
         raise TypeError(f"{type(module).__name__} has no training_step: define training_step(self, batch, batch_idx) and return the loss")
     if work in ("validate", "test") and not defines(module, STEP_OF[work]):
         raise TypeError(f"{type(module).__name__} has no {STEP_OF[work]}: define {STEP_OF[work]}(self, batch, batch_idx)")
@@ -84,14 +85,29 @@ def prepare(run: Run, hooks: Hooks, sources: Sources) -> None:
     hooks.setup(run, run.purpose)
     run.module.configure_model()
     run.module = hooks.setup_module(run, run.module)
+    put_back = remembered()
+
+    def load() -> None:
+        put_back()
+        _load(run, sources)
+
+    run.reload = load
+    _load(run, sources)
+
+
+def _load(run: Run, sources: Sources) -> None:
+    """Asks for loaders and optimizers."""
+    run.loaders, run.limits = {}, {}
     for stage in STAGES[run.work]:
         _find_loaders(run, stage, sources)
+    for stage, loaders in run.loaders.items():
+        run.loaders[stage] = [run.hooks.prepare_loader(run, loader, stage, i) for i, loader in enumerate(loaders)]
     _overfit(run)
     _set_limits(run)
-    if run.work in ("fit", "tune"):
+    if run.purpose == "fit":
         _set_optimizers(run)
     for stage, loaders in run.loaders.items():
-        run.loaders[stage] = [exact(hooks.prepare_loader(run, loader, stage, i)) for i, loader in enumerate(loaders)]
+        run.loaders[stage] = [exact(loader) for loader in loaders]
     if "train" in run.loaders:
         loader, others = run.loaders["train"][0], [each for stage, loaders in run.loaders.items() if stage != "train" for each in loaders]
         run.stream = Stream(loader, others, run.limits["train"][0])
@@ -188,7 +204,7 @@ def _set_limits(run: Run) -> None:
     for stage, limits in run.limits.items():
         if getattr(options, LIMIT_OF[stage]) == 1.0 and isinstance(getattr(options, LIMIT_OF[stage]), float):
             run.limits[stage] = [None] * len(limits)  # a loader that gives more than its length says is not cut off
-    if "validate" in run.limits and run.work == "fit":
+    if "validate" in run.limits and run.purpose == "fit":
         few = options.num_sanity_val_steps
         run.limits["sanity"] = [limit if few < 0 else few if limit is None else min(few, limit) for limit in run.limits["validate"]]
 

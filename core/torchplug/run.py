@@ -103,6 +103,8 @@ class Run:
         resumption: what was loaded from it, skipped, and missing.
         stream: the training data and the place in them; a fit alone has them.
         loaded: what of a checkpoint is still to be put in place when training begins.
+        reload: asks for loaders and optimizers once more, with the random numbers of the first time, and puts them into the run:
+            for a plugin that has changed what they depend on, in ``on_run_start`` or ``tune``.
         ended: the state in which training ended, from which the next ``fit`` of the same module goes on.
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
@@ -147,6 +149,7 @@ class Run:
     resumed: Path | str | None = None
     resumption: Resumption | None = None
     stream: Stream = field(init=False, repr=False)
+    reload: Callable[[], None] = field(init=False, repr=False)
     loaded: dict[str, Any] | None = field(default=None, repr=False)
     ended: dict[str, Any] | None = field(default=None, repr=False)
     scaler: torch.amp.GradScaler | None = field(default=None, repr=False)

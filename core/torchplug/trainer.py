@@ -158,7 +158,7 @@ class Trainer(Settings):
         return kept[0] if kept is not None and len(kept) == 1 else kept
 
     def tune(self, module: Module, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None) -> Any:
-        """Lets the enabled finders look for a good learning rate or batch size, and returns what they found.
+        """Lets the enabled finders look for a good learning rate or batch size, and returns what they found, by their names.
 
         Raises:
             PluginError: no enabled plugin tunes anything.

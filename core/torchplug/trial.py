@@ -1,11 +1,13 @@
-"""Training steps that leave no trace, for those who look for a good learning rate or batch size."""
+"""Steps that leave no trace, for those who look for a good learning rate or batch size."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,15 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from torchplug.data import batch_size
-from torchplug.loaders import again, begin, close, has_state, places_of
+from torchplug.loaders import again, begin, close, has_state, places_of, rebatched
 from torchplug.loss import loss_of
 from torchplug.run import Run
 from torchplug.seed import remembered
+from torchplug.signals import Interruption
 from torchplug.state import metric_objects, sums
 
-__all__ = ["Trial", "trial"]
+__all__ = ["Trial", "out_of_memory", "rebatched", "trial"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP, XPU and MPS, with the backend's name before it
+    "_STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS and their HIP counterparts
+    "can't allocate memory",  # the allocator of the CPU
+    "not enough memory: you tried to allocate",  # the same on Windows
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the memory of a device or of the machine did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # a worker that could not be started
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -32,9 +50,6 @@ def trial(run: Run) -> Iterator[Trial]:
     generators, the place in the data, metrics, the fields of the run (requests to stop, options), and the state of plugins. What
     is taken lies in host memory. Plugins hear of no event inside; those that replace operations (precision, strategies) work
     as in training, and so do the hooks of the module and the data module.
-
-    Raises:
-        TypeError: the training data are an iterator, which cannot be begun again.
     """
     put_back = _taken(run)
     attempt = Trial(run)
@@ -54,23 +69,49 @@ def trial(run: Run) -> Iterator[Trial]:
 
 
 class Trial:
-    """Steps of training, one optimizer step at a time, over batches that the loader gives from the beginning of an epoch on."""
+    """Steps of training, one optimizer step at a time, over batches that the loader gives from the beginning of an epoch on.
+
+    Attributes:
+        run: the run; the loaders and limits that it has at the first step count.
+        size: samples of the largest batch of the last step, 0 if that cannot be told.
+    """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.loader = run, again(run.loaders["train"][0])
+        self.run, self.size = run, 0
+        self._loader: Any = None
         self._batches = self._endless()
+
+    @property
+    def loader(self) -> Any:
+        """The training data, with a place of its own in them.
+
+        Raises:
+            TypeError: they are an iterator, which cannot be begun again.
+        """
+        if self._loader is None:
+            self._loader = again(self.run.loaders["train"][0])
+        return self._loader
+
+    def reload(self) -> None:
+        """Before the first step: loaders and optimizers are made anew for this trial, as what they depend on was changed."""
+        self.run.reload()
+        self.run.step_schedulers = []
 
     def step(self) -> float:
         """Trains on as many batches as an optimizer step takes; returns the mean of their losses (NaN if all were skipped).
 
         Schedulers do not step.
+
+        Raises:
+            TypeError: the training data are an iterator, which cannot be begun again.
         """
         run, hooks, position, losses = self.run, self.run.hooks, self.run.position, list[Tensor]()
-        run.window = run.batches_per_step(position.epoch)
+        self.size, run.window = 0, run.batches_per_step(position.epoch)
         for part in range(run.window):
             run.window_ends = part == run.window - 1
             batch = hooks.move_batch(run, next(self._batches))
             run.metrics.size = batch_size(batch)
+            self.size = max(self.size, run.metrics.size)
             hooks.on_train_batch_start(run, batch, position.batch)
             outputs = hooks.train_batch(run, batch, position.batch)
             for each in outputs if isinstance(outputs, list) else [outputs]:  # one for each optimizer
@@ -79,6 +120,7 @@ class Trial:
                     losses.append(loss.detach().float())
             position.batch, position.micro_step = position.batch + 1, position.micro_step + 1
             hooks.on_train_batch_end(run, outputs, batch, position.batch - 1)
+            batch = outputs = None  # nothing is held while the next one is fetched
         return torch.stack(losses).mean().item() if losses else float("nan")
 
     def batches(self) -> Iterator[Any]:
@@ -88,6 +130,22 @@ class Trial:
             batch = run.hooks.move_batch(run, batch)
             run.metrics.size = batch_size(batch)
             yield batch
+
+    def evaluate(self, batches: int) -> None:
+        """Validates on the first ``batches`` of each loader, as the sanity check does; nothing happens where there is none."""
+        run, own, limits = self.run, self.run.loaders["validate"], self.run.limits
+        loaders = [again(loader) for loader in own]
+        run.loaders["validate"] = loaders
+        limits["sanity"] = [batches if limit is None else min(batches, limit) for limit in limits["validate"]]
+        try:
+            if loaders:
+                with suppress(Interruption):  # a signal: who makes the trial looks at ``run.interrupted``
+                    run.hooks.evaluate(run, "sanity")
+        finally:
+            run.loaders["validate"] = own
+            for loader, given in zip(loaders, own, strict=True):
+                if loader is not given:
+                    close(loader)
 
     def _endless(self) -> Iterator[Any]:
         """Epoch after epoch."""
@@ -103,8 +161,8 @@ class Trial:
     def close(self) -> None:
         """Ends the workers of the loader."""
         self._batches.close()  # type: ignore[attr-defined]
-        if self.loader is not self.run.loaders["train"][0]:
-            close(self.loader)
+        if self._loader is not None and self._loader is not self.run.loaders["train"][0]:
+            close(self._loader)
 
 
 # ---------------------------------------------------------------------- what is taken, and how it is put back
@@ -119,10 +177,12 @@ def _taken(run: Run) -> Callable[[], None]:
     ours += [_owner(each.scheduler) for each in run.schedulers]
     ours += [_fields(each) for each in run.schedulers]
     if run.scaler is not None:
-        ours.append(_owner(run.scaler))
+        ours += [_owner(run.scaler), partial(_between_steps, run.scaler)]
     places = [place for loader in loaders for place in places_of(loader)]
     datasets = [getattr(loader, "dataset", None) for loader in loaders]
     ours += [_owner(each) for each in (*places, *datasets, *loaders, run.datamodule) if each is not None and has_state(each)]
+    if run.datamodule is not None and not has_state(run.datamodule):
+        ours.append(_plain_of(run.datamodule))
     plugins = {name: (plugin, _copied(plugin.state_dict())) for name, plugin in run.plugins.items() if has_state(plugin)}
     generators = remembered(*loaders)
 
@@ -181,6 +241,11 @@ def _owner(owner: Any) -> Callable[[], None]:
         plain()
 
     return put_back
+
+
+def _between_steps(scaler: torch.amp.GradScaler) -> None:
+    """What a scaler notes from unscaling to its update, which a step that was broken off left; there is no public way to drop it."""
+    scaler._per_optimizer_states.clear()
 
 
 def _plain_of(owner: Any) -> Callable[[], None]:

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -217,11 +217,12 @@ class LearningRateFinder:
         self._use(run, self.result)
         self._show(run, self.result)
 
-    @hookimpl
-    def tune(self, run: Run) -> RangeTest:
+    @hookimpl(wrapper=True)
+    def tune(self, run: Run) -> Generator[None, Any, dict[str, Any]]:
+        others = yield  # what a batch size finder sets comes first
         self.result = self._test(run)
         self._use(run, self.result)
-        return self.result
+        return {run.name_of(self): self.result, **(others or {})}
 
     def state_dict(self) -> dict[str, Any]:
         """At which epochs a rate was found: a run that goes on does not look for it again."""

@@ -290,12 +290,28 @@ def test_a_run_that_goes_on_does_not_look_for_it_again(tmp_path):
 def test_tune_sets_the_rate_for_a_fit_that_follows(tmp_path):
     module, t = Net(), trainer(tmp_path, {"lr_finder": {"steps": 30}})
     weights = copy.deepcopy(module.state_dict())
-    found = t.tune(module, loader())
+    found = t.tune(module, loader())["lr_finder"]
     assert isinstance(found, RangeTest) and module.hparams.lr == found.suggestion()
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), weights.values(), strict=True))
     plain = trainer(tmp_path)
     plain.fit(module, loader())
     assert plain.run.optimizers[0].param_groups[0]["lr"] == found.suggestion()
+
+
+def test_the_batch_size_is_looked_for_first_where_both_are_enabled(tmp_path):
+    class Loads(Net):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self):
+            return DataLoader(data(), self.batch_size)
+
+    module = Loads()
+    found = trainer(tmp_path, {"lr_finder": {"steps": 30}}, {"batch_size_finder": {"max": 8}}).tune(module)
+    assert set(found) == {"lr_finder", "batch_size_finder"} and module.batch_size == found["batch_size_finder"].size == 8
+    assert module.hparams.lr == found["lr_finder"].suggestion()
+    assert found["lr_finder"] == lr_find(trainer(tmp_path), module, steps=30)
 
 
 def test_the_attribute_is_set_where_the_module_keeps_it(tmp_path):
@@ -309,7 +325,7 @@ def test_the_attribute_is_set_where_the_module_keeps_it(tmp_path):
 
     module = Own()
     t = trainer(tmp_path, {"lr_finder": {"attribute": "rate", "steps": 40, "max_lr": 100.0}})
-    assert t.tune(module, [torch.zeros(1)]).suggestion() == module.rate
+    assert t.tune(module, [torch.zeros(1)])["lr_finder"].suggestion() == module.rate
     with pytest.raises(AttributeError, match="Own has no attribute 'speed', nor a hyperparameter of this name"):
         trainer(tmp_path, {"lr_finder": {"attribute": "speed", "steps": 40, "max_lr": 100.0}}).tune(module, [torch.zeros(1)])
 
