@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Interruption", "held", "leave", "sparing", "watching"]
 
-_watched = torch.zeros(2, signal.NSIG, dtype=torch.uint8)  # by number of a signal: how many runs act on it, whether any did
-NOW, EVER = 0, 1
+NOW, EVER = 0, 1  # rows by number of a signal: how many runs of this process act on it, whether any did
+
+_memory = torch.zeros(2, signal.NSIG, dtype=torch.uint8)
+_owner = os.getpid()
+
+
+def _watched() -> Tensor:
+    """What this process watches. One that was forked begins with nothing: what it writes is no business of those it came from."""
+    global _memory, _owner
+    if _owner != os.getpid():
+        _memory, _owner = torch.zeros_like(_memory), os.getpid()
+    return _memory
 
 
 class Interruption(BaseException):
@@ -61,7 +71,7 @@ class _Watch:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.process = run, os.getpid()
+        self.run, self.process, self.watched = run, os.getpid(), _watched()
         self.earlier: dict[int, Any] = {}
         self.raised: BaseException | None = None
         self._pressed = self._over = False
@@ -72,8 +82,8 @@ class _Watch:
         if number is None or number in self.earlier or signal.getsignal(number) in (signal.SIG_IGN, None):
             return
         self.earlier[number] = signal.getsignal(number)
-        _watched[NOW, number] += 1
-        _watched[EVER, number] = 1
+        self.watched[NOW, number] += 1
+        self.watched[EVER, number] = 1
         signal.signal(number, self.interrupt)
 
     def end(self) -> None:
@@ -84,8 +94,8 @@ class _Watch:
                     signal.signal(number, self.earlier[number])
         finally:
             self._over = True
-            for number in self.earlier:
-                _watched[NOW, number] -= 1
+            for number in self.earlier if os.getpid() == self.process else ():
+                self.watched[NOW, number] -= 1
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
@@ -152,7 +162,7 @@ class Sparing:
 
 def sparing(inner: Callable[[int], Any] | None) -> Sparing:
     """The ``worker_init_fn`` of a loader whose own is ``inner``."""
-    return Sparing(_watched.share_memory_(), inner)  # type: ignore[no-untyped-call]
+    return Sparing(_watched().share_memory_(), inner)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -161,7 +171,7 @@ def held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _watched[NOW].nonzero().flatten().tolist())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _watched()[NOW].nonzero().flatten().tolist())
     try:
         yield
     finally:

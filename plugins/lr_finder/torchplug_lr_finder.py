@@ -29,6 +29,7 @@ Method = Literal["minimum", "steepest", "valley", "slide", "divergence"]
 ATTRIBUTES = ("lr", "learning_rate")
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as optimizers and schedulers keep them
 SKIPPED = 5  # points at the start, where the mean is still that of few losses
+EARLY = 10  # steps whose mean is of too few losses to say that they diverge
 SLIDE = 15  # points between the two places whose slopes are compared
 
 
@@ -256,7 +257,7 @@ class LearningRateFinder:
                 found.losses.append(loss)
                 found.smoothed.append(smoothed)
                 lowest = min(lowest, smoothed)
-                if smoothed > lowest + (self.divergence - 1) * max(abs(lowest), found.smoothed[0] - lowest) and step:
+                if smoothed > lowest + (self.divergence - 1) * max(abs(lowest), found.smoothed[0] - lowest) and step >= EARLY:
                     found.diverged = True
                     break
         return found

@@ -328,6 +328,24 @@ def test_a_worker_that_begins_when_the_run_is_over_ends_at_a_signal(tmp_path: Pa
     assert processes.run([alone]) == [0]
 
 
+def test_a_forked_process_that_is_killed_in_its_run_leaves_nothing_watched_elsewhere(tmp_path: Path) -> None:
+    sparing(None)  # what is watched is in shared memory from now on
+
+    def killed() -> None:
+        class Ends(Net):
+            def on_train_batch_end(self) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer(max_epochs=1, root_dir=tmp_path).fit(Ends(), DataLoader(Noisy(14, 0), 2))
+
+    before = sparing(None).watched.clone()
+    process = FORK.Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.equal(sparing(None).watched, before)
+
+
 def begin_late(begin: Any) -> None:
     time.sleep(1)
     begin(0)

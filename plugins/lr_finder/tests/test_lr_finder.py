@@ -15,6 +15,11 @@ from torchplug import Module, Trainer, hookimpl
 from torchplug_lr_finder import METHODS, LearningRateFinder, RangeTest, lr_find
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 class Quadratic(Module):
     """0.5 x'Hx with eigenvalues from L / condition to L."""
 
