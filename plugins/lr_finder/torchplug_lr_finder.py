@@ -28,8 +28,7 @@ __all__ = ["LearningRateFinder", "RangeTest", "lr_find"]
 Method = Literal["minimum", "steepest", "valley", "slide", "divergence"]
 ATTRIBUTES = ("lr", "learning_rate")
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as optimizers and schedulers keep them
-SKIPPED = 5  # points at the start, where the mean is still that of few losses
-EARLY = 10  # steps whose mean is of too few losses to say that they diverge
+EARLY = 9  # steps whose mean is of too few losses to say anything
 SLIDE = 15  # points between the two places whose slopes are compared
 
 
@@ -112,14 +111,15 @@ def _at_divergence(found: RangeTest) -> float | None:
 
 def _at_steepest(found: RangeTest) -> float | None:
     smoothed, logs = found.smoothed, [math.log(rate) for rate in found.lrs]
-    begin = SKIPPED if len(smoothed) > 3 * SKIPPED else 1
+    begin = EARLY if len(smoothed) > 2 * EARLY else 1
     slopes = {i: (smoothed[i + 1] - smoothed[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(begin, len(smoothed) - 1)}
     steepest = min(slopes, key=slopes.__getitem__)
     return found.lrs[steepest] if slopes[steepest] < 0 else None
 
 
 def _at_minimum(found: RangeTest) -> float | None:
-    return found.lrs[min(range(len(found.smoothed)), key=found.smoothed.__getitem__)] / 10
+    begin = EARLY if len(found.smoothed) > 2 * EARLY else 0
+    return max(found.lrs[min(range(begin, len(found.smoothed)), key=found.smoothed.__getitem__)] / 10, found.lrs[0])
 
 
 def _in_the_valley(found: RangeTest) -> float | None:
@@ -256,8 +256,10 @@ class LearningRateFinder:
                 smoothed = mean / (1 - self.smoothing ** (step + 1))
                 found.losses.append(loss)
                 found.smoothed.append(smoothed)
+                if step < EARLY:
+                    continue
                 lowest = min(lowest, smoothed)
-                if smoothed > lowest + (self.divergence - 1) * max(abs(lowest), found.smoothed[0] - lowest) and step >= EARLY:
+                if smoothed > lowest + (self.divergence - 1) * max(abs(lowest), found.smoothed[EARLY] - lowest):
                     found.diverged = True
                     break
         return found
