@@ -373,12 +373,15 @@ class BatchSizeFinder:
             run.limits["train"] = [full if limit is None else min(limit, full)]
         stepped = [0] * len(run.optimizers)
         with ExitStack() as stack:
+            seen = set[int]()  # a step of a subclass that calls its base's step is announced twice
             for index, optimizer in enumerate(run.optimizers):
-                stack.callback(optimizer.register_step_post_hook(partial(_count, stepped, index)).remove)
+                stack.callback(optimizer.register_step_post_hook(partial(_note, seen, index)).remove)
             for number in range(1, self.steps_per_trial + PATIENCE + 1):
                 if run.interrupted:
                     return
                 attempt.step()
+                stepped = [count + (index in seen) for index, count in enumerate(stepped)]
+                seen.clear()
                 if number == 1 and samples is None and 0 < attempt.size < size:
                     raise MemoryError(f"the data have no batch of {size} samples, only of {attempt.size}")
                 if number >= self.steps_per_trial and min(stepped, default=2) >= 2:
@@ -400,8 +403,8 @@ class _Interrupted(Exception):
     """A signal came during a trial."""
 
 
-def _count(stepped: list[int], index: int, *_: Any) -> None:
-    stepped[index] += 1
+def _note(seen: set[int], index: int, *_: Any) -> None:
+    seen.add(index)
 
 
 def _goes_on(run: Run) -> bool:
