@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchplug import hookimpl
-from torchplug.dispatch import dispatch, register
+from torchplug.dispatch import dispatch, register, watch
 from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member
 
 # one and several arguments; events, operations and actions
@@ -145,6 +145,49 @@ def test_deaf_members_miss_the_events_and_answer_operations_as_ever(plugins: lis
         _, error, order = outcome(lambda caller=caller, values=values: caller(**values), trace)
         _, raised, called = outcome(lambda hook=hook, values=values: getattr(hooks, hook)(*values.values()), trace)
         assert (raised, called) == (error, order), hook
+
+
+class Watcher:
+    """Notes which calls began, and how many are running; they end in the order in which they must."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, str]] = []
+        self.running = 0
+
+    def enter_call(self, member: str, hook: str) -> None:
+        self.begun.append((member, hook))
+        self.running += 1
+
+    def leave_call(self) -> None:
+        self.running -= 1
+        assert self.running >= 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(steps(PLAIN_HOOKS), max_size=5))
+def test_a_watcher_hears_of_every_call_and_changes_nothing(plugins: list[dict[str, Step]]) -> None:
+    trace: list[Any] = []
+    plain, watcher, members = dispatch(register(members_of(plugins, trace))), Watcher(), members_of(plugins, trace)
+    members.append(Member("watcher", watcher))
+    watch(members)
+    hooks = dispatch(register(members))
+    for hook in PLAIN_HOOKS:
+        values = values_of(hook)
+        expected = outcome(lambda hook=hook, values=values: getattr(plain, hook)(*values.values()), trace)
+        watcher.begun.clear()
+        assert outcome(lambda hook=hook, values=values: getattr(hooks, hook)(*values.values()), trace) == expected, hook
+        assert watcher.running == 0
+        reached = [(entry[0], hook) for entry in expected[2]]
+        assert [entry for entry in watcher.begun if entry in reached] == watcher.begun
+        for name in {name for name, _ in reached}:  # a wrapper has two parts, if what it surrounds was begun
+            assert watcher.begun.count((name, hook)) == reached.count((name, hook))
+
+
+def test_without_a_watcher_nothing_is_there_to_be_told() -> None:
+    member = Member("p", make_plugin("p", {"on_train_start": Step((), False, None)}, []))
+    before = member.on_train_start  # type: ignore[attr-defined]
+    watch([member])
+    assert member.on_train_start is before  # type: ignore[attr-defined]
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,11 +2,15 @@
 
 pluggy owns registration, validation, ordering, wrappers and ``firstresult``. What the loop calls is one plain function
 for each hook, so that a hook nobody listens to costs an empty call and a listener costs one more call.
+
+A plugin that has methods ``enter_call(member, hook)`` and ``leave_call()`` is told of every call of an implementation, its own
+included. Without one nothing is there to be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any, cast
 
 import pluggy
@@ -15,7 +19,7 @@ from torchplug.blame import also, blame
 from torchplug.hookspecs import Hooks
 from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member, PluginError
 
-__all__ = ["Manager", "dispatch", "register"]
+__all__ = ["Manager", "dispatch", "register", "watch"]
 
 
 class Manager(pluggy.PluginManager):
@@ -42,6 +46,52 @@ def register(members: Iterable[Member]) -> Manager:
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{member.label}: {error}") from None
     return manager
+
+
+def watch(members: Sequence[Member]) -> None:
+    """Lets the plugins that want to know of every call know, before the members are registered."""
+    for watcher in [member.plugin for member in members if member.kind == "plugin" and hasattr(member.plugin, "enter_call")]:
+        for member in members:
+            for hook, options in member.hooks.items():
+                told = _told_of_both_parts if options["wrapper"] else _told
+                enter = functools.partial(watcher.enter_call, member.name, hook)
+                setattr(member, hook, told(getattr(member, hook), enter, watcher.leave_call))
+
+
+def _told(method: Callable[..., Any], enter: Callable[[], None], leave: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        enter()
+        try:
+            return method(*args)
+        finally:
+            leave()
+
+    return call
+
+
+def _told_of_both_parts(method: Callable[..., Any], enter: Callable[[], None], leave: Callable[[], None]) -> Callable[..., Any]:
+    """What a wrapper does before and after that which it surrounds."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Generator[None, Any, Any]:
+        inner = method(*args)
+        part = _told(lambda proceed, *value: proceed(*value), enter, leave)
+        part(next, inner)
+        try:
+            answer = yield
+        except BaseException as error:
+            proceed, value = inner.throw, error
+        else:
+            proceed, value = inner.send, answer
+        try:
+            part(proceed, value)
+        except StopIteration as end:
+            return end.value
+        yield  # it yields twice: pluggy says so
+        return None
+
+    return call
 
 
 def dispatch(manager: Manager, deaf: Collection[Member] = ()) -> Hooks:

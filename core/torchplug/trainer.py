@@ -19,7 +19,7 @@ import torch
 
 from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
-from torchplug.dispatch import dispatch, register
+from torchplug.dispatch import dispatch, register, watch
 from torchplug.hookspecs import Hooks
 from torchplug.loaders import close
 from torchplug.matching import Choice
@@ -272,6 +272,7 @@ class Trainer(Settings):
         run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
         operations = operations_for(run)
         members = self._assemble(run, operations)
+        watch(members)
         manager = register(members)
         run.hooks = operations.hooks = dispatch(manager)
         run.quiet = operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
