@@ -47,7 +47,7 @@ def test_links_lead_to_files_that_exist(page):
 
 def test_the_readme_names_every_plugin_and_its_install_line():
     text = (ROOT / "README.md").read_text()
-    for folder in sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir()):
+    for folder in sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists()):
         assert f"| `{folder}` | `pip install torchplug-{folder.replace('_', '-')}` |" in text
 
 

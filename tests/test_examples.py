@@ -166,6 +166,19 @@ def averaging(output: str, folder: Path) -> None:
     assert len(rows) == 5 and all(float(value) > 70 for value in rows.values()), output
 
 
+@example("tune", "--epochs", "6", "--max-batch-size", "48", "--plot", "rates.png")
+def tune(output: str, folder: Path) -> None:
+    size, tried = part(r"batch size (\d+) \(was 8\)", output), part(r"trials: \[(.*)\]", output)
+    assert size == "48" and tried == "2, 4, 8, 16, 32, 48, 48", "doubled, up to the limit, and confirmed"
+    rate = part(r"by minimum +(\S+) +<- chosen", output)
+    assert 0.003 < float(rate) < 0.5 and rate != "1.00e-02", "another one than before"
+    assert f"trained with batches of {size} and a learning rate of {rate}" in output
+    assert "epoch 6/6: step 180" in output, "30 batches of 48 in 1397 samples"
+    assert number(r"other images: ([\d.]+)", output) > 0.85
+    assert (folder / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(each.name for each in folder.iterdir()) == ["rates.png", "runs"], "nothing is written anywhere else"
+
+
 @example("preemptible")
 def preemptible(output: str, folder: Path) -> None:
     """Stopped at step 60 and started again in another folder, it ends with the same line: steps, loss, and every bit of the weights."""

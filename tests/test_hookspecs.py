@@ -22,7 +22,7 @@ PREDICT = [
 # ... and what may happen at any time
 ANY_TIME = [
     "on_step_skipped", "on_stop_requested", "save_checkpoint", "on_checkpoint_saved", "on_checkpoint_removed", "log_figure", "log_text",
-    "log_artifact", "tune", "on_out_of_memory", "on_exception",
+    "log_artifact", "reduce", "gather", "broadcast", "barrier", "tune", "on_out_of_memory", "on_exception",
 ]  # fmt: skip
 
 Line = tuple[int, str, str]
@@ -187,7 +187,7 @@ def test_events_and_operations_are_told_apart_by_their_names() -> None:
     events = [name for name in PARAMETERS if name not in OPERATIONS]
     assert all(name.startswith(("on_", "log_")) or name in ("setup", "teardown") for name in events)
     assert not any(name.startswith(("on_", "log_")) for name in OPERATIONS)
-    assert sorted(ACTIONS) == ["backward", "clip_gradients", "optimizer_step", "scheduler_step", "zero_grad"]
+    assert sorted(ACTIONS) == ["backward", "clip_gradients", "optimizer_step", "reduce_gradients", "scheduler_step", "zero_grad"]
     assert sorted(CLOSING) == ["on_exception", "on_fit_end", "on_run_end", "teardown"]
 
 
@@ -214,7 +214,7 @@ on_train_start
         on_train_batch_end:0
         move_batch  on_train_batch_start:1  train_batch:1
             train_step:1  on_before_backward  backward  on_after_backward
-            on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
         on_train_batch_end:1  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -225,7 +225,7 @@ on_train_start
         on_train_batch_end:2
         move_batch  on_train_batch_start:3  train_batch:3
             train_step:3  on_before_backward  backward  on_after_backward
-            on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
         on_train_batch_end:3  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -238,7 +238,7 @@ on_train_start
         on_train_batch_end:0
         move_batch  on_train_batch_start:1  train_batch:1
             train_step:1  on_before_backward  backward  on_after_backward
-            on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
         on_train_batch_end:1  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -249,7 +249,7 @@ on_train_start
         on_train_batch_end:2
         move_batch  on_train_batch_start:3  train_batch:3
             train_step:3  on_before_backward  backward  on_after_backward
-            on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
         on_train_batch_end:3  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0

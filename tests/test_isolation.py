@@ -17,15 +17,15 @@ ROOT = Path(__file__).parents[1]
 
 # each module imports from earlier layers alone
 LAYERS = [
-    {"blame", "codec", "data", "hookspecs", "loss", "options", "seed", "series", "signals"},
+    {"agreement", "blame", "codec", "data", "hookspecs", "loss", "options", "seed", "series", "signals"},
     {"files", "layout", "loaders", "outflow", "metrics", "optimizers", "schedule", "settings"},
     {"checkpoint", "stream"},
-    {"matching", "run"},
+    {"dealing", "matching", "run"},
     {"state", "tracking"},
     {"resume", "trial"},
-    {"module"},
+    {"averaging", "module"},
     {"loop", "members"},
-    {"dispatch", "operations", "plugins", "prepare"},
+    {"dispatch", "launching", "operations", "plugins", "prepare"},
     {"precision"},
     {"trainer"},
     {"__init__"},

@@ -23,7 +23,10 @@ else:
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(each for each in (ROOT / "plugins").iterdir() if each.is_dir() and not each.name.startswith((".", "_")))
-PUBLIC = {"torchplug", "torchplug.checkpoint", "torchplug.hookspecs", "torchplug.testing", "torchplug.tracking", "torchplug.trial"}
+PUBLIC = {
+    "torchplug", "torchplug.averaging", "torchplug.checkpoint", "torchplug.hookspecs", "torchplug.testing", "torchplug.tracking",
+    "torchplug.trial",
+}  # fmt: skip
 
 each_plugin = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 

@@ -84,7 +84,7 @@ def test_what_is_logged_before_the_first_batch_is_recorded_as_training_at_step_0
 
 def test_a_validation_longer_than_its_interval_does_not_run_after_every_batch(tiny: Any, trainer: Any, monkeypatch: Any) -> None:
     clock = [0.0]
-    monkeypatch.setattr("torchplug.schedule.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("torchplug.run.time.monotonic", lambda: clock[0])
 
     class Slow(tiny.Module):
         validations = 0

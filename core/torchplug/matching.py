@@ -64,10 +64,11 @@ class Choice:
 def facts(run: Run) -> dict[str, Any]:
     """What must be the same for a place in the data to mean the same."""
     loader = run.loaders["train"][0]
+    size = getattr(loader, "batch_size", None)
     dataset: Any = getattr(loader, "dataset", None)
     return {
         "accumulate_grad_batches": run.batches_per_step(run.position.epoch),
-        "batch size": getattr(loader, "batch_size", None),
+        "batch size": size if size is None or run.share is None else size * run.world_size,  # of all ranks together
         "length of the data set": length(dataset) if hasattr(dataset, "__getitem__") else None,
         "number of batches in an epoch": run.num_batches,
     }

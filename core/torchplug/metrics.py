@@ -7,6 +7,7 @@ values at a time and on the CPU in the order in which they came, so that they eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchplug.agreement import different
 from torchplug.options import closest
 from torchplug.series import FOLD, LogOptions, Series, read
 
 if TYPE_CHECKING:
+    from torchplug.agreement import Agreement
     from torchplug.run import Position
 
 __all__ = ["Metrics", "MissingMetric", "Reading", "Results"]
@@ -66,6 +69,7 @@ class _Published:
     epoch: int
     serial: int
     prog_bar: bool
+    own: bool = False  # whether it is this rank's alone, so far
 
 
 @dataclass
@@ -91,6 +95,8 @@ class Metrics:
     def __init__(self, position: Position) -> None:
         self.position = position
         self.size = 0  # samples in the current batch
+        self.stand_in = False  # whether the current batch only keeps this rank in step with the others, and does not count
+        self.agreement: Agreement | None = None  # with the other ranks, where there are any
         self.complete = False  # every metric of the run had its chance: a missing one is a mistake
         self.validated = False  # those of validation had theirs
         self.names: dict[str, None] = {}  # whatever was recorded, in order of appearance
@@ -123,7 +129,7 @@ class Metrics:
             value = self._number(name, value)
         series.last = value
         series.unsent = True
-        if series.on_epoch:
+        if series.on_epoch and not self.stand_in:
             size = self.size if batch_size is None else batch_size
             if batch_size is not None or (not size and series.reduce == "mean"):
                 self._check_size(name, batch_size)
@@ -141,11 +147,11 @@ class Metrics:
 
     def _declare(self, name: str, value: Any, options: LogOptions) -> Series | None:
         """The first ``log`` of a name: its arguments are checked once. None for a value that was dealt with at once."""
-        prog_bar, logger, on_step, on_epoch, reduce_fx, _ = options
+        prog_bar, logger, on_step, on_epoch, reduce_fx, _, rank_zero_only = options
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of a metric must be a text, got {name!r}")
         if not self._pass.in_batches:
-            self._log_once(name, value, prog_bar, logger is not False, on_step)
+            self._log_once(name, value, prog_bar, logger is not False, on_step, rank_zero_only)
             return None
         there = self._series.get(name)
         if there is not None and there.meets(value, options):
@@ -171,7 +177,7 @@ class Metrics:
             return float(value)
         raise TypeError(f"log({name!r}) takes a number, a tensor with one element or a metric object, got {type(value).__name__} {value!r}")
 
-    def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None) -> None:
+    def _log_once(self, name: str, value: Any, prog_bar: bool, logger: bool, on_step: bool | None, rank_zero_only: bool) -> None:
         """A value logged outside of batches is what it is, at once."""
         if on_step:
             raise ValueError(f"log({name!r}): on_step=True has no meaning outside of batches; leave it out")
@@ -185,11 +191,11 @@ class Metrics:
             value = value.detach().clone()
         elif not isinstance(value, (int, float)):
             value = self._number(name, value)
-        self._publish(name, value, prog_bar, logger)
+        self._publish(name, value, prog_bar, logger, own=self.agreement is not None and not rank_zero_only)
 
-    def _publish(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:
+    def _publish(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True, own: bool = False) -> None:
         self._serial += 1
-        self._published[name] = _Published(value, self.position.step, self.position.epoch, self._serial, prog_bar)
+        self._published[name] = _Published(value, self.position.step, self.position.epoch, self._serial, prog_bar, own)
         if logger:
             self._unsent[name] = None
 
@@ -198,7 +204,7 @@ class Metrics:
     @contextmanager
     def open(self, stage: str, loaders: int = 1) -> Iterator[None]:
         """A pass over the data of ``stage`` inside whatever pass is open; the outer one goes on afterwards."""
-        outer, size = self._pass, self.size
+        outer, size, stand_in, self.stand_in = self._pass, self.size, self.stand_in, False
         self._pass = _Pass(stage, loaders=loaders)
         self._series = {}
         whole = False
@@ -208,7 +214,7 @@ class Metrics:
         finally:
             if not whole:
                 self._forget()
-            self._pass, self.size = outer, size
+            self._pass, self.size, self.stand_in = outer, size, stand_in
             self._series = outer.by_loader[outer.loader] if outer.in_batches else {}
 
     def state_dict(self, objects: Mapping[str, Any], over: bool) -> dict[str, Any]:
@@ -242,8 +248,10 @@ class Metrics:
 
     def finish(self) -> list[Results]:
         """Batches are over: epoch values are published and returned, one dict for each loader."""
-        self._pass.in_batches = False
+        self._pass.in_batches = self.stand_in = False
         self._series = {}
+        if self.agreement is not None:
+            self._join(self.agreement)
         results = []
         for loader, series in enumerate(self._pass.by_loader):
             values: dict[str, Tensor | float] = {}
@@ -274,9 +282,32 @@ class Metrics:
         names = [name for name in values if name not in known]
         return [Results({**each, **{name: values[name] for name in names}}) for each in results]
 
-    def step_record(self) -> dict[str, float]:
-        """The step values logged since the last record, read from the device together; they are published too."""
-        open_pass = self._pass
+    def _join(self, agreement: Agreement) -> None:
+        """The epoch values of all ranks take the place of this rank's own.
+
+        Raises:
+            RuntimeError: ranks that had batches logged different metrics.
+        """
+        for series in self._pass.by_loader:
+            mine = {name: each.part() for name, each in series.items() if not each.options[6]}
+            parts = agreement.gather(mine)
+            filled = [part for part in parts if part]
+            if any(part.keys() != filled[0].keys() for part in filled):
+                raise RuntimeError(different([set(part) for part in parts]))
+            for name, part in filled[0].items() if filled else ():
+                if part["object"] and len(filled) < len(parts):
+                    raise RuntimeError(f"log({name!r}): a metric object needs a batch on every rank; {len(parts) - len(filled)} had none")
+                if name not in series:
+                    series[name] = Series(name, tuple(part["options"]), part["on_step"], part["on_epoch"])
+                series[name].join([part[name] for part in filled])
+
+    def step_record(self, together: bool = False) -> dict[str, float]:
+        """The step values logged since the last record, read from the device together; they are published too.
+
+        Args:
+            together: whether all ranks are here, so that the values become those of all of them.
+        """
+        open_pass, found = self._pass, list[tuple[str, Any, Series]]()
         for series in open_pass.by_loader[open_pass.loader].values():
             if not series.on_step or not series.unsent:
                 continue
@@ -287,11 +318,37 @@ class Metrics:
                     continue
                 value = self._published[name].value
             series.unsent = False
+            found.append((name, value, series))
+        values = [value for _, value, _ in found]
+        if together and self.agreement is not None:
+            values = self._mean([name for name, _, _ in found], values)
+        for (name, _, series), value in zip(found, values, strict=True):
             self._publish(name, value, False, series.logger is not False)
-        return self.record()
+        return self._sent()
+
+    def _mean(self, names: list[str], values: list[Any]) -> list[float]:
+        """What the ranks have on average, each with the weight of its batch."""
+        assert self.agreement is not None
+        weight = 0.0 if self.stand_in else float(self.size or 1)
+        return self.agreement.values(names, read(values), [weight] * len(names))
 
     def record(self) -> dict[str, float]:
-        """What was published and not yet handed to loggers."""
+        """What was published and not yet handed to loggers. All ranks are here."""
+        self._settle()
+        return self._sent()
+
+    def _settle(self) -> None:
+        """What ranks logged outside of batches, each for itself, becomes the mean of them."""
+        if self.agreement is None:
+            return
+        own = {name: entry for name, entry in self._published.items() if entry.own}
+        parts = self.agreement.gather(dict(zip(own, read([entry.value for entry in own.values()]), strict=True)))
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise RuntimeError(different([set(part) for part in parts]))
+        for name, entry in own.items():
+            entry.value, entry.own = math.fsum(part[name] for part in parts) / len(parts), False
+
+    def _sent(self) -> dict[str, float]:
         names = list(self._unsent)
         self._unsent.clear()
         values = read([self._published[name].value for name in names])
@@ -351,6 +408,8 @@ class Metrics:
             MissingMetric: every metric of the run had its chance, and nobody logged this one.
         """
         entry = self._published.get(name)
+        if entry is not None and entry.own:  # whoever acts on it does so on all ranks
+            self._settle()
         if entry is None:
             if self.complete:
                 raise MissingMetric(missing(name, self._published))

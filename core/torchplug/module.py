@@ -182,17 +182,21 @@ class Module(nn.Module):
             on_epoch: record the reduction over the epoch (None: in evaluation, and outside of batches).
             reduce_fx: mean (weighted by batch size), sum, min, max, or a function of the tensor of all values.
             enable_graph: keep the graph of the value.
-            sync_dist: reduce over processes, where there are several.
-            sync_dist_group: the processes to reduce over, where there are several.
+            sync_dist: accepted for code that gives it. The values of all ranks are always combined, when they are recorded: those of
+                a step at logging steps, those of an epoch at its end. It costs nothing in between.
+            sync_dist_group: not supported.
             add_dataloader_idx: with several loaders, append ``/dataloader_idx_N``.
             batch_size: the weight of the value in a mean; found in the batch if not given.
             metric_attribute: accepted for code that gives it; not needed.
-            rank_zero_only: whether only the first process logs it, where there are several.
+            rank_zero_only: whether rank 0 alone logs it, as it is there. Do not monitor it: other ranks do not know it.
         """
         if self._run is None:
             _say_once_outside(name)
             return
-        self._run.metrics.log(name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), enable_graph, batch_size)
+        if sync_dist_group is not None:
+            raise ValueError(f"log({name!r}): sync_dist_group is not supported; the values of all ranks are combined")
+        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, rank_zero_only)
+        self._run.metrics.log(name, value, options, enable_graph, batch_size)
 
     def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
         """`log` for each name and value."""
@@ -214,7 +218,7 @@ class Module(nn.Module):
         run = self.run
         with outside_of_autocast(run):
             run.hooks.on_before_backward(run, loss)
-            run.hooks.backward(run, loss, None)
+            run.hooks.backward(run, loss if run.share is None else run.weighed(loss), None)
             run.hooks.on_after_backward(run)
 
     # ------------------------------------------------------------------ hyperparameters

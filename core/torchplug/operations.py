@@ -39,9 +39,9 @@ class Operations:
             self.clip_gradients = None  # type: ignore[method-assign, assignment]  # nobody is called where there is nothing to do
         self.clip_by_norm = options.gradient_clip_algorithm == "norm"
         self.stays = False  # whether batches need not be moved
-        self.steps = {name: _positional(getattr(run.module, name)) for name in STEPS}
+        self.steps = {name: _positional(run.module, name) for name in STEPS}
         self.train_batch = loop.train_batch  # type: ignore[method-assign]  # the hottest calls have no object in between
-        self.train_step = _direct(run.module.training_step)  # type: ignore[method-assign]
+        self.train_step = _direct(run.module)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ start
 
@@ -145,11 +145,30 @@ class Operations:
         scheduler.scheduler.step(reading.value)  # type: ignore[arg-type]
         return True
 
+    # ------------------------------------------------------------------ one process
+
+    @hookimpl
+    def reduce(self, values: Tensor) -> Tensor:
+        return values
+
+    @hookimpl
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    @hookimpl
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    @hookimpl
+    def barrier(self) -> bool:
+        return True
+
     # ------------------------------------------------------------------ checkpoints
 
     @hookimpl
-    def save_checkpoint(self, path: Path | str, state: dict[str, Any]) -> Path:
-        checkpoint.write(_local(path), state)
+    def save_checkpoint(self, run: Run, path: Path | str, state: dict[str, Any]) -> Path:
+        if run.rank == 0:
+            checkpoint.write(_local(path), state)
         return Path(path)
 
     @hookimpl
@@ -163,11 +182,11 @@ def _local(path: Path | str) -> Path:
     raise checkpoint.CheckpointError(f"{path!r} is not a local path, and no enabled plugin knows such places; enable 'checkpoint'")
 
 
-def _direct(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` as an answer to the operation ``train_step``, with no call in between where it takes batch and batch_idx."""
-    if _taken(step) == 2:
-        return lambda run, batch, batch_idx, optimizer_idx: step(batch, batch_idx)
-    call = _positional(step)
+def _direct(module: Module) -> Callable[..., Any]:
+    """The module's ``training_step`` as an answer to the operation ``train_step``, with no call in between where it can be."""
+    if _taken(module.training_step) == 2:
+        return lambda run, batch, batch_idx, optimizer_idx: module.training_step(batch, batch_idx)
+    call = _positional(module, "training_step")
     return lambda run, batch, batch_idx, optimizer_idx: call(batch, batch_idx, optimizer_idx)
 
 
@@ -177,13 +196,17 @@ def _taken(step: Callable[..., Any]) -> int | None:
     return None if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) else len(parameters)
 
 
-def _positional(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` called with as many of (batch, batch_idx, dataloader_idx or optimizer_idx) as it takes."""
+def _positional(module: Module, name: str) -> Callable[..., Any]:
+    """A step of ``module`` called with as many of (batch, batch_idx, dataloader_idx or optimizer_idx) as it takes.
+
+    It is looked up at each call: a strategy may put something in its place that calls it.
+    """
+    step = getattr(module, name)
     taken = _taken(step)
     if taken == 1:
-        return lambda batch, batch_idx, idx: step(batch)
+        return lambda batch, batch_idx, idx: getattr(module, name)(batch)
     if taken == 2:
-        return lambda batch, batch_idx, idx: step(batch, batch_idx)
+        return lambda batch, batch_idx, idx: getattr(module, name)(batch, batch_idx)
     if taken in (3, None):
-        return step
+        return lambda batch, batch_idx, idx: getattr(module, name)(batch, batch_idx, idx)
     raise TypeError(f"{step.__qualname__} must take batch, or batch and batch_idx, or also dataloader_idx, got {inspect.signature(step)}")

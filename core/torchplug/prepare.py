@@ -22,7 +22,7 @@ from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
 from torchplug.options import discreet
-from torchplug.seed import remembered
+from torchplug.seed import remembered, spread
 from torchplug.state import versions
 from torchplug.stream import Stream, exact, explained
 
@@ -79,9 +79,11 @@ def check_module(module: Any, work: str) -> None:
 def prepare(run: Run, hooks: Hooks, sources: Sources) -> None:
     """Sets up module, loaders and optimizers, in the order of the picture in `hookspecs.py`."""
     owners = [owner for owner in (run.datamodule, run.module) if owner is not None]
-    if run.rank == 0:
+    if run.local_rank == 0:
         for owner in owners:
             _ask(owner, "prepare_data")
+    if run.world_size > 1:
+        hooks.barrier(run)  # what was downloaded is there for all
     hooks.setup(run, run.purpose)
     run.module.configure_model()
     run.module = hooks.setup_module(run, run.module)
@@ -90,9 +92,11 @@ def prepare(run: Run, hooks: Hooks, sources: Sources) -> None:
     def load() -> None:
         put_back()
         _load(run, sources)
+        if run.rank:
+            spread(run.rank)
 
     run.reload = load
-    _load(run, sources)
+    load()
 
 
 def _load(run: Run, sources: Sources) -> None:
@@ -104,6 +108,8 @@ def _load(run: Run, sources: Sources) -> None:
         run.loaders[stage] = [run.hooks.prepare_loader(run, loader, stage, i) for i, loader in enumerate(loaders)]
     _overfit(run)
     _set_limits(run)
+    if run.agreement is not None and "train" in run.loaders:
+        run.agreement.lengths(run)
     if run.purpose == "fit":
         _set_optimizers(run)
     for stage, loaders in run.loaders.items():

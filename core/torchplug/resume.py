@@ -36,6 +36,27 @@ class Start:
 
 
 def find_start(run: Run, ckpt_path: str | Path, choice: Choice, fitted: Run | None) -> Start | None:
+    """What a run starts from; where there are several ranks, the first one says which file that is.
+
+    Raises:
+        CheckpointError: the file cannot be used, or none of the candidates can.
+        FileNotFoundError: there is no such file, or nothing to evaluate.
+    """
+    if run.world_size == 1:
+        return _found(run, ckpt_path, choice, fitted)
+    found: list[Start | None] = []
+
+    def look() -> Path | str | None:
+        found.append(_found(run, ckpt_path, choice, fitted))
+        return None if found[0] is None else found[0].path
+
+    path = run.from_rank_0(look)
+    if found:
+        return found[0]
+    return None if path is None else Start(path, _read(run, path, asked_for=True), choice)
+
+
+def _found(run: Run, ckpt_path: str | Path, choice: Choice, fitted: Run | None) -> Start | None:
     """Reads what ``ckpt_path`` means: a path, or "last" or "best", of which the first candidate that can be used is taken.
 
     Raises:

@@ -15,14 +15,16 @@ import torch
 from torchplug.blame import add_note
 from torchplug.data import length
 from torchplug.metrics import Metrics
+from torchplug.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
+    from torchplug.agreement import Agreement
     from torchplug.hookspecs import Hooks
     from torchplug.module import Module
     from torchplug.optimizers import ManualOptimizer, Scheduler
-    from torchplug.settings import Settings
     from torchplug.state import Resumption
     from torchplug.stream import Stream
 
@@ -71,8 +73,9 @@ class Run:
         work: fit, validate, test or predict.
         id: the same for all processes and loggers of the run.
         dir: where everything of this run is written.
-        rank: this process among ``world_size``.
+        rank: this process among ``world_size``, from 0 on.
         world_size: processes that take part.
+        local_rank: this process among those on the same machine.
         device: where module and batches are.
         optimizers: what ``configure_optimizers`` returned, in order.
         manual_optimizers: the same for manual optimization: their ``step`` is announced and counted.
@@ -108,6 +111,9 @@ class Run:
         ended: the state in which training ended, from which the next ``fit`` of the same module goes on.
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
+        agreement: where several ranks take part, what they agree on; a strategy makes it when the ranks have found each other.
+        share: where the data are dealt out to ranks, by the index of the batch in the epoch what its loss is multiplied with, so
+            that the mean over ranks is the mean over samples; 0 for a batch that only keeps the ranks in step.
         journal: the file with everything that happens to the run, set by the plugin that writes it.
         report: lines that are shown when the run is over, by who wrote them.
     """
@@ -120,6 +126,7 @@ class Run:
     dir: Path = Path()
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     position: Position = field(default_factory=Position)
     metrics: Metrics = field(init=False)
@@ -163,8 +170,10 @@ class Run:
     packages: dict[str, str] = field(default_factory=dict)  # name -> distribution and version
     hooks: Hooks = field(init=False, repr=False)
     quiet: Hooks = field(init=False, repr=False)  # the same, with events that reach no plugin
+    agreement: Agreement | None = field(default=None, repr=False)
+    share: Callable[[int], float] | None = field(default=None, repr=False)
     _asking: Callable[[], str] = field(default=str, repr=False)
-    _started: float = field(default_factory=time.perf_counter)
+    _started: float = field(default_factory=time.monotonic)
     _said: set[str] = field(default_factory=set)
     _put_off: list[tuple[str, Callable[[], Any]]] = field(default_factory=list, repr=False)
     _announced: bool = False
@@ -183,14 +192,31 @@ class Run:
     def place(self, state: dict[str, Any]) -> None:
         """Takes over identity, position and time from a checkpoint that this run goes on from."""
         self.id = state["run"]["id"]
-        self._started = time.perf_counter() - state["run"]["seconds"]
+        self.set_seconds(state["run"]["seconds"])
         for name in ("epoch", "batch", "step", "micro_step", "samples"):
             setattr(self.position, name, state["position"][name])
 
+    def traces(self) -> Run:
+        """What a later run of the same module goes on from, without anything that cannot be pickled."""
+        kept = Run(options=Settings(), module=self.module, work=self.work)
+        kept.go_on_from(self)
+        kept.ended = self.ended
+        return kept
+
     @property
     def seconds(self) -> float:
-        """Time since the run started."""
-        return time.perf_counter() - self._started
+        """Time since the run started. Where several ranks take part it is what they agreed on last, the same for all: what is
+        decided by it is decided by all of them."""
+        return self.agreement.seconds if self.agreement is not None else time.monotonic() - self._started
+
+    @property
+    def clock(self) -> float:
+        """Time since the run started, as this process has it."""
+        return time.monotonic() - self._started
+
+    def set_seconds(self, seconds: float) -> None:
+        """Sets the clock: so much time has passed since the run started."""
+        self._started = time.monotonic() - seconds
 
     def count_batches(self, stage: str) -> int | None:
         """The batches of all loaders of ``stage`` that are used, None if one of them does not tell."""
@@ -227,6 +253,12 @@ class Run:
         """How many batches an optimizer step takes in an epoch, given by its index from 0."""
         return self.options.accumulate_grad_batches if self.accumulation is None else self.accumulation(epoch)
 
+    def weighed(self, loss: Tensor) -> Tensor:
+        """What of the loss of the current batch gradients are computed for, so that they add up to those of the mean."""
+        loss = loss if self.window == 1 else loss / self.window
+        share = 1.0 if self.share is None else self.share(self.position.batch)
+        return loss if share == 1.0 else loss * share
+
     def name_of(self, plugin: Any) -> str:
         """Under which name ``plugin`` is enabled: its instance's own, which keys its state and its line in the report."""
         return next(name for name, other in self.plugins.items() if other is plugin)
@@ -235,8 +267,49 @@ class Run:
         """Asks training to end after the step that is running; ``min_epochs`` and ``min_steps`` are kept."""
         if self.stop_reason:
             return
-        self.stop_reason, self.stopped_by, self.attention = reason, self._asking(), True
-        self.hooks.on_stop_requested(self, reason, self.stopped_by)
+        if self.agreement is not None:
+            self.agreement.wish(reason, self._asking())
+        else:
+            self.stop(reason, self._asking())
+
+    def stop(self, reason: str, plugin: str) -> None:
+        """What a request to stop does, when all ranks know of it."""
+        self.stop_reason, self.stopped_by, self.attention = reason, plugin, True
+        self.hooks.on_stop_requested(self, reason, plugin)
+
+    def interrupt(self, name: str) -> None:
+        """A signal asks the run to end; called from its handler."""
+        if self.agreement is not None:
+            self.agreement.signal = self.agreement.signal or name
+        elif not self.interrupted:
+            self.interrupted, self.attention = name, True
+
+    @property
+    def asked_to_end(self) -> str:
+        """The signal that came to this run, whether it came in time to end it or not; empty if none did."""
+        return self.interrupted or (self.agreement.signal if self.agreement is not None else "")
+
+    def agree(self) -> None:
+        """Ranks that came here together tell each other what they were asked for. Where there is one process nothing happens."""
+        if self.agreement is not None:
+            self.agreement.reach(self)
+
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives on rank 0; an error of it is raised on all ranks."""
+        if self.world_size == 1:
+            return make()
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = make()
+            except Exception as raised:
+                error = raised
+        value, words = self.hooks.broadcast(self, (value, "" if error is None else f"{type(error).__name__} on rank 0: {error}"))
+        if error is not None:
+            raise error
+        if words:
+            raise RuntimeError(words)
+        return value
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         """Records a metric; the arguments are those of ``Module.log``."""

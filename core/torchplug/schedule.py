@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,11 +30,11 @@ class Limits:
         self.min_epochs, self.min_steps = options.min_epochs or 0, options.min_steps or 0
         self.timed = options.max_time is not None
         if options.max_time is not None:
-            self.deadline = time.monotonic() + duration("max_time", options.max_time)
+            self.deadline = run.seconds + duration("max_time", options.max_time)
         self.record = options.log_every_n_steps
         self.progress = 0  # the micro step up to which optimizer steps were taken
         # a loss scaler finds its scale by skipping steps: that may take more than an epoch of few batches
-        self.patience = 30 * options.accumulate_grad_batches if options.precision == "16-mixed" else 0
+        self.patience = 30 if options.precision == "16-mixed" else 0
 
     def reached(self) -> bool:
         """Whether no further epoch begins, and none is to be ended."""
@@ -47,7 +46,7 @@ class Limits:
         """Whether training ends now, between two optimizer steps."""
         if self.run.interrupted or self.position.step >= self.max_steps:
             return True
-        if self.timed and time.monotonic() >= self.deadline:
+        if self.timed and self.run.seconds >= self.deadline:
             self.run.request_stop(f"max_time={self.run.options.max_time} is over")
         if not self.run.stop_reason:
             return False
@@ -82,6 +81,15 @@ class Limits:
                 run.window = min(self.accumulate, run.num_batches - (batch_idx - place))
         run.window_ends = place == run.window - 1
 
+    def stands_in(self, batch_idx: int) -> bool:
+        """Whether a batch only keeps this rank in step with the others, and counts for nothing."""
+        run = self.run
+        assert run.share is not None
+        run.metrics.stand_in = stands_in = not run.share(batch_idx)
+        if stands_in:
+            run.metrics.size = 0
+        return stands_in
+
     def exhausted(self) -> None:
         """The loader has no more batches.
 
@@ -111,7 +119,7 @@ class Limits:
             self.progress = self.position.micro_step
             return
         more = self.position.step or self.position.epoch + 1 < self.max_epochs
-        if more and self.position.micro_step - self.progress < self.patience:
+        if more and self.position.micro_step - self.progress < self.patience * self.accumulate:
             return
         if self.run.module.automatic_optimization:
             raise RuntimeError(
@@ -142,7 +150,7 @@ class Validation:
             self._by_batches(interval)
         else:
             self.seconds = duration("val_check_interval", interval)
-            self.since = time.monotonic()
+            self.since = run.seconds
         self.within_epoch = self.every is not None or self.seconds is not None
 
     def _by_batches(self, interval: int | float) -> None:
@@ -187,13 +195,13 @@ class Validation:
             due = self._count() % self.every == 0 and self._this_epoch()
         else:
             assert self.seconds is not None
-            due = time.monotonic() - self.since >= self.seconds and self._this_epoch()
+            due = self.run.seconds - self.since >= self.seconds and self._this_epoch()
         return due
 
     def over(self) -> None:
         """A validation within the epoch is over: its own time does not count towards the next one."""
         if self.seconds is not None:
-            self.since = time.monotonic()
+            self.since = self.run.seconds
 
     def due_after_epoch(self) -> bool:
         """Whether to validate when all batches of the epoch are done."""

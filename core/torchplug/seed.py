@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["generator_state", "own_generators", "preserved", "remembered", "restore_generators", "samplers_of", "seed_everything"]
+__all__ = ["generator_state", "own_generators", "preserved", "remembered", "restore_generators", "samplers_of", "seed_everything", "spread"]
 
 
 def seed_everything(seed: int) -> int:
@@ -28,6 +28,18 @@ def seed_everything(seed: int) -> int:
         sys.modules["numpy"].random.seed(seed)
     torch.manual_seed(seed)
     return seed
+
+
+def spread(rank: int) -> None:
+    """Gives the generators of a rank a place of their own, that of rank 0 left out: dropout must not be the same everywhere.
+
+    They begin where all ranks are, so a run with a seed has the same numbers on each rank again.
+    """
+    drawn = [int(torch.randint(2**62, ()).item()), random.getrandbits(62)]
+    random.seed(drawn[1] + rank)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed((drawn[1] + rank) % 2**32)
+    torch.manual_seed(drawn[0] + rank)
 
 
 def generator_state() -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FOLD", "LogOptions", "Series", "read"]
+__all__ = ["FOLD", "LogOptions", "Series", "joined", "read"]
 
 FOLD = 128
 FUNCTION = "a function"  # what a checkpoint knows of one that reduces
 
-LogOptions = tuple[bool, bool | None, bool | None, bool | None, Any, bool]
-"""prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx"""
+LogOptions = tuple[bool, bool | None, bool | None, bool | None, Any, bool, bool]
+"""prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, rank_zero_only"""
 
 
 class Series:
@@ -60,7 +60,8 @@ class Series:
             self.total = values.min() if self.reduce == "min" else values.max()
         else:
             if self.reduce == "mean":
-                values = values * torch.tensor(self.weights, dtype=values.dtype, device=values.device)
+                weights = torch.tensor(self.weights, dtype=values.dtype)
+                values = values * weights.to(values.device, non_blocking=True)  # made on a device, it would be waited for
                 self.weight += sum(self.weights)
             if self.total is not None:
                 values = torch.cat((self.total.view(1), values))
@@ -75,7 +76,7 @@ class Series:
         if self.pending:
             self.fold()
         names = ("name", "on_epoch", "on_step", "last", "unsent", "touched", "total", "weight", "everything")
-        options = [*self.options[:4], self.reduce if isinstance(self.reduce, str) else FUNCTION, self.options[5]]
+        options = [*self.options[:4], self.reduce if isinstance(self.reduce, str) else FUNCTION, *self.options[5:]]
         found = next((path for path, each in objects.items() if each is self.source), "")
         values = {name: getattr(self, name) for name in names}
         if over and callable(self.reduce) and self.everything:  # nothing is logged any more that would bring the function
@@ -83,7 +84,7 @@ class Series:
         return {"options": options, "object": None if self.source is None else found, **values}
 
     @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device, objects: Mapping[str, Any]) -> Series:
+    def of(cls, state: Mapping[str, Any], device: torch.device, objects: Mapping[str, Any]) -> Series:
         """The series that a `state_dict` was taken of. Its options are a list, which equals no options of ``log``, if the next
         ``log`` has to bring the metric object, or the function that reduces."""
         source = objects.get(state["object"])
@@ -98,13 +99,35 @@ class Series:
 
     def meets(self, value: Any, options: LogOptions) -> bool:
         """Whether ``log`` with these arguments brings what a series from a checkpoint waits for."""
-        known: Any = [*options[:4], FUNCTION if callable(options[4]) else options[4], options[5]]
+        known: Any = [*options[:4], FUNCTION if callable(options[4]) else options[4], *options[5:]]
         if self.options != known:
             return False
         self.options, self.reduce = options, options[4]
         if hasattr(value, "compute") and hasattr(value, "reset"):
             self.source = value
         return True
+
+    def part(self) -> dict[str, Any]:
+        """What this rank adds to the epoch value of all ranks, as plain numbers; of a metric object nothing but that it is one."""
+        if self.pending:
+            self.fold()
+        total = None if self.total is None else self.total.item()
+        everything = torch.cat(self.everything).tolist() if self.everything else []
+        last = None if self.last is None else float(self.last)
+        known = {"options": (*self.options[:4], FUNCTION if callable(self.reduce) else self.reduce, *self.options[5:])}
+        kinds = {"on_step": self.on_step, "on_epoch": self.on_epoch, "object": self.source is not None}
+        return {**known, **kinds, "total": total, "weight": self.weight, "everything": everything, "last": last}
+
+    def join(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the `part` of each rank in place of the own one."""
+        totals = [part["total"] for part in parts if part["total"] is not None]
+        last = [part["last"] for part in parts if part["last"] is not None]
+        self.last = sum(last) / len(last) if last else None
+        self.everything = [torch.tensor(part["everything"], dtype=torch.float64) for part in parts if part["everything"]]
+        self.weight = sum(part["weight"] for part in parts)
+        if totals:
+            combined = {"min": min, "max": max}.get(self.reduce, sum)(totals)
+            self.total = torch.tensor(combined, dtype=torch.float64)
 
     def result(self) -> Tensor | float | None:
         """The epoch value, None if nothing was logged. Begins anew."""
@@ -124,6 +147,17 @@ class Series:
         if total is None:
             return None
         return total / weight if self.reduce == "mean" else total
+
+
+def joined(ranks: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The states of the series of several ranks as those of one."""
+    states = {each["name"]: dict(each) for own in reversed(ranks) for each in own}
+    for name, state in states.items():
+        series = Series.of(state, torch.device("cpu"), {})
+        series.join([Series.of(each, torch.device("cpu"), {}).part() for own in ranks for each in own if each["name"] == name])
+        for field in ("last", "total", "weight", "everything"):
+            state[field] = getattr(series, field)
+    return list(states.values())
 
 
 def _tensor(value: Any) -> Tensor:

@@ -109,9 +109,9 @@ class _Watch:
             earlier(number, frame)
             return
         self._pressed |= number == signal.SIGINT
-        first = not self.run.interrupted
+        first = not self.run.asked_to_end
         if first:
-            self.run.interrupted, self.run.attention = signal.Signals(number).name, True
+            self.run.interrupt(signal.Signals(number).name)
         if callable(earlier):
             try:
                 earlier(number, frame)

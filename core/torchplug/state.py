@@ -18,6 +18,7 @@ from torchplug.blame import add_note
 from torchplug.checkpoint import plain
 from torchplug.matching import PARTS, Choice, check, facts, new_data, stateful
 from torchplug.seed import generator_state, restore_generators
+from torchplug.series import joined
 from torchplug.stream import has_state
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     if weights_only:
         return state
     objects = dict(metric_objects(run.module))
+    own = {
+        "generators": generator_state(),
+        "metrics": {
+            "values": run.metrics.state_dict(objects, run.is_last_batch),
+            "objects": run.metrics.frozen_sums or {path: sums(each) for path, each in objects.items()},
+        },
+    }
     return {
         **state,
         "loop": {"validated": run.validated},
@@ -55,12 +63,9 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
             {"class": type(each.scheduler).__qualname__, "seen": each.seen, "state": each.scheduler.state_dict()} for each in run.schedulers
         ],
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
-        "generators": generator_state(),
+        **own,
+        "ranks": run.agreement.gather(own)[1:] if run.agreement is not None else [],
         "data": _data(run) if "train" in run.loaders else None,
-        "metrics": {
-            "values": run.metrics.state_dict(objects, run.is_last_batch),
-            "objects": run.metrics.frozen_sums or {path: sums(each) for path, each in objects.items()},
-        },
         "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
         "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
     }
@@ -137,6 +142,7 @@ def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice:
             the training; the message names the difference.
     """
     check(run, state, path, choice)
+    state = _of_this_rank(run, state)
     report = Resumption(path)
     for part in PARTS[:-1]:
         taken = part in choice and _put(run, state, part, path)
@@ -156,6 +162,21 @@ def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice:
             run.position.batch, run.validated = 0, False
             run.loaded.pop("metrics", None)
     return report
+
+
+def _of_this_rank(run: Run, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state with the generators and sums that belong to this rank.
+
+    Where there were other ranks, the first of the new ones goes on with the generators of the first and the sums of all; the others
+    go on with generators of their own and nothing summed up yet. What comes out is equal in distribution then, not in its bits.
+    """
+    others = state.get("ranks", [])
+    if len(others) == run.world_size - 1:
+        return {**state, **others[run.rank - 1]} if run.rank else state
+    metrics = dict(state["metrics"])
+    values = [each["metrics"]["values"]["series"] for each in (state, *others)]
+    metrics["values"] = {**metrics["values"], "series": [] if run.rank else joined(values)}
+    return {**state, "metrics": metrics, "generators": None if run.rank else state["generators"]}
 
 
 def go_on(run: Run) -> None:
@@ -203,6 +224,8 @@ def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None)
         if state["data"]["datamodule"] is not None and has_state(run.datamodule):
             run.datamodule.load_state_dict(state["data"]["datamodule"])
     elif part == "rng":
+        if state["generators"] is None:
+            return False
         restore_generators(state["generators"])
     elif part == "metrics":
         if not state["metrics"]:

@@ -8,7 +8,7 @@ of saving in place before the next batch is loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from torchplug.loaders import (
 )
 from torchplug.seed import generator_state, own_generators, restore_generators
 
-__all__ = ["Stream", "begin", "exact", "explained", "has_state"]
+__all__ = ["Stream", "alike", "begin", "exact", "explained", "has_state"]
 
 PARTS = ("own", "samplers", "start", "cut", "drawn", "exhausted", "counted", "working", "ended", "keeper", "between")
 
@@ -143,7 +143,7 @@ class Stream:
             ahead = list(islice(source, drawn - seen))
             if state["exhausted"]:
                 ahead += islice(source, 1)
-            if not self.samplers or attempt == 2 or _alike([each.state_dict() for each in self.samplers], state["samplers"]):
+            if not self.samplers or attempt == 2 or alike([each.state_dict() for each in self.samplers], state["samplers"]):
                 break
             self._put({**begun, "samplers": state["start"]["samplers"]})
             if attempt == 0:
@@ -201,7 +201,7 @@ class Stream:
         if cut and isinstance(self.between, DataLoader):
             used = 1
         elif cut and self.indices is None:
-            used = not _alike(after(1), after(2))
+            used = not alike(after(1), after(2))
         self.between.load_state_dict(state)
         if used:
             for _ in islice(self.between, 1):
@@ -278,12 +278,14 @@ class Stream:
                 generator.set_state(own)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two states are equal."""
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states are the same: numbers and tensors of one type with equal values, where NaN is equal to NaN."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and bool((one == other).all())
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(alike(part, other[key]) for key, part in one.items())
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return bool(one == other)
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other) or bool(one != one and other != other)

@@ -20,7 +20,7 @@ import torch
 from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
 from torchplug.dispatch import dispatch, register, watch
-from torchplug.hookspecs import Hooks
+from torchplug.launching import Call, Task
 from torchplug.loaders import close
 from torchplug.matching import Choice
 from torchplug.members import Member, PluginError
@@ -111,14 +111,16 @@ class Trainer(Settings):
             raise ValueError("resume says what to take from a checkpoint: give ckpt_path too")
         if self.max_epochs is None and self.max_steps is None and self.max_time is None and not self.fast_dev_run:
             raise ValueError("how long to train is not said: give Trainer max_epochs, max_steps or max_time")
+        Choice(resume)  # a mistake in it is an error before anything else happens
         loaders = {"train": train_dataloaders, "validate": val_dataloaders}
-        self._do("fit", module, loaders, datamodule, ckpt_path, loop.fit, Choice(resume))
+        self._begin("fit", module, loaders, datamodule, ckpt_path, resume=resume)
 
     def validate(
         self, module: Module | None = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
     ) -> list[Results]:
         """Evaluates on the validation data; the arguments are those of `test`."""
-        return self._evaluate("validate", module, dataloaders, datamodule, ckpt_path)
+        results: list[Results] = self._begin("validate", module, {"validate": dataloaders}, datamodule, ckpt_path)
+        return results
 
     def test(
         self, module: Module | None = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
@@ -134,7 +136,8 @@ class Trainer(Settings):
         Returns:
             A dict of metrics for each loader.
         """
-        return self._evaluate("test", module, dataloaders, datamodule, ckpt_path)
+        results: list[Results] = self._begin("test", module, {"test": dataloaders}, datamodule, ckpt_path)
+        return results
 
     def predict(
         self,
@@ -150,11 +153,7 @@ class Trainer(Settings):
             return_predictions: keep them and return them: a list of batches, or one list per loader if there are several.
                 False keeps nothing: a plugin or the module takes them in ``on_predict_batch_end``.
         """
-
-        def work(run: Run, hooks: Hooks) -> Any:
-            return loop.predict(run, hooks, return_predictions)
-
-        kept = self._do("predict", module, {"predict": dataloaders}, datamodule, ckpt_path, work)
+        kept = self._begin("predict", module, {"predict": dataloaders}, datamodule, ckpt_path, keep=return_predictions)
         return kept[0] if kept is not None and len(kept) == 1 else kept
 
     def tune(self, module: Module, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None) -> Any:
@@ -163,14 +162,7 @@ class Trainer(Settings):
         Raises:
             PluginError: no enabled plugin tunes anything.
         """
-
-        def work(run: Run, hooks: Hooks) -> Any:
-            found = hooks.tune(run)
-            if found is None:
-                raise PluginError("no enabled plugin tunes anything: name one that does, such as a learning-rate finder, in plugins")
-            return found
-
-        return self._do("tune", module, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, None, work)
+        return self._begin("tune", module, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, None)
 
     @property
     def enabled(self) -> dict[str, Any]:
@@ -210,7 +202,7 @@ class Trainer(Settings):
                 f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
             )
         mentioned = {name for each in named for name in ([each] if isinstance(each, str) else each if isinstance(each, dict) else [])}
-        return [each for each in first if not isinstance(each, str) or each not in mentioned] + list(named)
+        return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in mentioned] + list(named)
 
     @staticmethod
     def _require(argument: str, name: str) -> None:
@@ -237,25 +229,10 @@ class Trainer(Settings):
 
     # ------------------------------------------------------------------ a run
 
-    def _evaluate(self, stage: str, module: Module | None, loaders: Any, datamodule: Any, ckpt_path: str | Path | None) -> list[Results]:
-        def work(run: Run, hooks: Hooks) -> list[Results]:
-            results: list[Results] = hooks.evaluate(run, stage)
-            return results
-
-        results: list[Results] = self._do(stage, module, {stage: loaders}, datamodule, ckpt_path, work)
-        return results
-
-    def _do(
-        self,
-        work: str,
-        module: Module | None,
-        given: dict[str, Any],
-        datamodule: Any,
-        ckpt_path: str | Path | None,
-        main: Callable[[Run, Hooks], Any],
-        choice: Choice | None = None,
+    def _begin(
+        self, work: str, module: Module | None, given: dict[str, Any], datamodule: Any, ckpt_path: str | Path | None, **more: Any
     ) -> Any:
-        """One run, from the options to the report."""
+        """What a method was called with, checked and completed."""
         for stage, value in list(given.items()):
             if is_datamodule(value):
                 datamodule, given[stage] = value, None
@@ -269,7 +246,11 @@ class Trainer(Settings):
             raise TypeError(f"datamodule must be a torchplug.DataModule, got {datamodule!r}")
         check_names(datamodule)
         assert module is not None
-        run = Run(options=self._resolved(), module=module, datamodule=datamodule, work=work)
+        return self.do(Call(work, module, given, datamodule, ckpt_path, **more))
+
+    def do(self, call: Call) -> Any:
+        """One run, from the options to the report. For a strategy, in a process of its own; everybody else calls the methods above."""
+        run = Run(options=self._resolved(), module=call.module, datamodule=call.datamodule, work=call.work)
         operations = operations_for(run)
         members = self._assemble(run, operations)
         watch(members)
@@ -278,32 +259,35 @@ class Trainer(Settings):
         run.quiet = operations.sanity_hooks = dispatch(manager, [member for member in members if member.kind == "plugin"])
         self._introduce(run, members)
         try:
-            start = self._start(run, members, ckpt_path, choice or Choice())
-            with _torch_flags(run.options), self._directory(run), watching(run, run.options.signals) if work == "fit" else nullcontext():
-                result = self._launched(run, members, lambda: self._inside(run, given, start, main))
-                self._report(run)
+            result = self._launched(run, members, call)
         finally:
-            module._run = None
+            call.module._run = None
             for loader in chain.from_iterable(run.loaders.values()):  # its workers have no part in another run
                 close(loader)
             for member in members:
                 if member.failure:
                     logger.error("%s was switched off: %s", member.label, member.failure)
-        if run.interrupted:
-            leave(run.interrupted)
+        if run.asked_to_end:
+            leave(run.asked_to_end)
         return result
 
-    def _launched(self, run: Run, members: list[Member], work: Callable[[], Any]) -> Any:
-        """``work`` between launch and tear-down; where launching itself fails, everybody is torn down too."""
+    def _launched(self, run: Run, members: list[Member], call: Call) -> Any:
+        """The run between launch and tear-down; where launching itself fails, everybody is torn down too."""
         begun = False
 
-        def main() -> Any:
+        def here() -> Any:
             nonlocal begun
             begun = True
-            return loop.conduct(run, run.hooks, members, work)
+            signals = watching(run, run.options.signals) if run.work == "fit" else nullcontext()
+            with _spoken_by(run.rank), _torch_flags(run.options), signals:
+                start = self._start(run, members, call)
+                with self._directory(run):
+                    result = loop.conduct(run, run.hooks, members, lambda: self._inside(run, call, start))
+                    self._report(run)
+            return result
 
         try:
-            return run.hooks.launch(run, main)
+            return run.hooks.launch(run, Task(self, call, here))
         except BaseException as error:
             blame(error, members, run.rank)
             if begun:
@@ -315,13 +299,14 @@ class Trainer(Settings):
 
         return loop.conduct(run, run.hooks, members, fail)
 
-    def _inside(self, run: Run, given: dict[str, Any], start: Start | None, main: Callable[[Run, Hooks], Any]) -> Any:
+    def _inside(self, run: Run, call: Call, start: Start | None) -> Any:
         """What happens in every process of a run between launch and tear-down."""
         hooks = run.hooks
         if run.options.seed is not None:
             seed_everything(run.options.seed)
-        prepare(run, hooks, Sources(given, run.datamodule))
-        write_config(run)
+        prepare(run, hooks, Sources(call.given, run.datamodule))
+        if run.rank == 0:
+            write_config(run)
         hooks.on_run_start(run)
         hyperparameters = checkpoint.plain(run.module.hparams, "hyperparameters")  # what cannot be saved is said now, not at the first save
         logged = {**getattr(run.datamodule, "hparams", {}), **(hyperparameters if run.module._hparams_logged else {})}
@@ -329,7 +314,37 @@ class Trainer(Settings):
             hooks.log_hyperparameters(run, checkpoint.plain(logged, "hyperparameters"))
         if start is not None:
             put_in_place(run, start)
-        return main(run, hooks)
+        if run.work == "fit":
+            return loop.fit(run, hooks)
+        if run.work == "predict":
+            return loop.predict(run, hooks, call.keep)
+        if run.work != "tune":
+            return hooks.evaluate(run, run.work)
+        found = hooks.tune(run)
+        if found is None:
+            raise PluginError("no enabled plugin tunes anything: name one that does, such as a learning-rate finder, in plugins")
+        return found
+
+    # ------------------------------------------------------------------ in other processes, and back
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Options, plugins as they are, and where an earlier fit was; not the runs themselves."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        earlier = None if self._fitted is None else self._fitted.traces()  # what a run after it goes on from
+        return {**fields, "plugins": [{member.name: member.plugin} for member in self._members], "earlier": earlier}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        earlier = state.pop("earlier")
+        vars(self).update(state)
+        self.__post_init__()
+        if earlier is not None:
+            self._fitted, self._module = earlier, earlier.module
+
+    def adopt(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """A run that other processes did counts as this trainer's own."""
+        self.metrics = Results(metrics)
+        if run.work == "fit":
+            self._fitted = run
 
     def _resolved(self) -> Settings:
         """The options of one run, ``fast_dev_run`` worked out."""
@@ -360,11 +375,12 @@ class Trainer(Settings):
         """The folder of the run; evaluation after a fit goes on in the fit's, a trial run has one that vanishes."""
         earlier = self._fitted
         if run.options.fast_dev_run:
-            run.id, run.dir = uuid.uuid4().hex[:8], Path(tempfile.mkdtemp(prefix="torchplug-"))
+            run.id, run.dir = run.from_rank_0(lambda: (uuid.uuid4().hex[:8], Path(tempfile.mkdtemp(prefix="torchplug-"))))
             try:
                 yield
             finally:
-                shutil.rmtree(run.dir, ignore_errors=True)
+                if run.rank == 0:
+                    shutil.rmtree(run.dir, ignore_errors=True)
             return
         own = Path(run.options.root_dir) / (run.options.name or type(run.module).__name__)
         if run.dir != Path():  # that of the run that goes on
@@ -372,7 +388,7 @@ class Trainer(Settings):
         elif earlier is not None and run.work not in ("fit", "tune") and earlier.module is run.module:
             run.go_on_from(earlier)
         else:
-            run.id, run.dir = run.id or uuid.uuid4().hex[:8], make_directory(own.parent, own.name)
+            run.id, run.dir = run.from_rank_0(lambda: (run.id or uuid.uuid4().hex[:8], make_directory(own.parent, own.name)))
         if run.work == "fit":
             self._fitted = run
         yield
@@ -386,18 +402,18 @@ class Trainer(Settings):
             return None
         return path
 
-    def _start(self, run: Run, members: list[Member], ckpt_path: str | Path | None, choice: Choice) -> Start | None:
+    def _start(self, run: Run, members: list[Member], call: Call) -> Start | None:
         """What the run starts from, read before anything else happens."""
-        fitted = self._fitted
+        fitted, choice = self._fitted, Choice(call.resume)
         try:
-            if ckpt_path is None:
+            if call.ckpt_path is None:
                 ended = fitted.ended if fitted is not None and fitted.module is run.module and run.work == "fit" else None
                 if fitted is None or ended is None:
                     return None
                 run.go_on_from(fitted)
                 run.place(ended)
                 return Start(None, ended, choice)
-            start = find_start(run, ckpt_path, choice, fitted)
+            start = find_start(run, call.ckpt_path, choice, fitted)
         except BaseException as error:
             blame(error, members, run.rank)
             raise
@@ -408,6 +424,8 @@ class Trainer(Settings):
     def _report(self, run: Run) -> None:
         """What a user wants to know when a run is over."""
         self.metrics = run.metrics.results()
+        if run.rank:
+            return
         if run.work in ("fit", "tune"):
             position, seconds = run.position, run.seconds
             logger.info(
@@ -427,6 +445,20 @@ class Trainer(Settings):
             logger.info("run directory: %s", run.dir)
         for name, line in run.report.items():
             logger.info("%s: %s", name, line)
+
+
+@contextmanager
+def _spoken_by(rank: int) -> Iterator[None]:
+    """Inside, lines for the user come from rank 0; the others tell of errors alone."""
+
+    def first(record: logging.LogRecord) -> bool:
+        return rank == 0 or record.levelno >= logging.ERROR
+
+    logger.addFilter(first)
+    try:
+        yield
+    finally:
+        logger.removeFilter(first)
 
 
 @contextmanager

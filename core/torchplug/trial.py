@@ -21,6 +21,7 @@ from torchplug.run import Run
 from torchplug.seed import remembered
 from torchplug.signals import Interruption
 from torchplug.state import metric_objects, sums
+from torchplug.stream import alike
 
 __all__ = ["Trial", "out_of_memory", "rebatched", "trial"]
 
@@ -307,14 +308,3 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         parts = [_mapped(part, change) for part in value]
         return parts if isinstance(value, list) else type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return copy.deepcopy(value)
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Whether two states are equal, bit for bit."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(alike(part, other[key]) for key, part in one.items())
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(alike, one, other))
-    return bool(one == other) or (one != one and other != other)

@@ -25,14 +25,16 @@ class AccumulationSchedule:
 
     scheduling: dict[int, int]
 
-    _epoch: int = field(init=False, default=-1, repr=False)  # whose length is known
-    _length: int = field(init=False, default=1, repr=False)
+    _name: str = field(init=False, default="accumulation_schedule", repr=False)
 
-    before = "*"  # everybody sees the window that counts
+    before = "*"  # what cannot be is refused before others begin
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheduling, dict) or not self.scheduling:
             raise TypeError(f"scheduling must be a dict of batches by epoch, such as {{0: 8, 4: 4}}, got {self.scheduling!r}")
+        self.scheduling = {  # a file of JSON has texts for keys
+            int(epoch) if isinstance(epoch, str) and epoch.isdecimal() else epoch: batches for epoch, batches in self.scheduling.items()
+        }
         for epoch, batches in self.scheduling.items():
             if type(epoch) is not int or epoch < 0:
                 raise ValueError(f"scheduling: an epoch must be a whole number, at least 0, got {epoch!r}")
@@ -45,9 +47,11 @@ class AccumulationSchedule:
         return self.scheduling[max(begun)] if begun else 1
 
     @hookimpl
-    def setup(self, run: Run, stage: str) -> None:
-        if stage == "fit":
-            run.accumulation = self.batches_in
+    def setup(self, run: Run) -> None:
+        self._name = run.name_of(self)
+        if run.accumulation is not None:
+            raise ValueError("the length of the windows is set by another plugin already; name one schedule")
+        run.accumulation = self.batches_in
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
@@ -75,7 +79,7 @@ class AccumulationSchedule:
         if state["scheduling"] != self._listed():
             raise ValueError(
                 f"the checkpoint was written with scheduling={dict(state['scheduling'])}, now it is {self.scheduling}; set it back, "
-                "or let another one begin with resume={'exclude': ['plugin:accumulation_schedule']}"
+                f"or let another one begin with resume={{'exclude': ['plugin:{self._name}']}}"
             )
 
     def _listed(self) -> list[list[int]]:

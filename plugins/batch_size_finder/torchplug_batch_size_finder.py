@@ -261,16 +261,13 @@ class BatchSizeFinder:
 
     def _find(self, run: Run) -> BatchSize | None:
         attribute = self._probe(run)
-        now = self._now(run, attribute)
-        accumulate = run.batches_per_step(0)
-        samples = None
+        now, accumulate, limit = self._now(run, attribute), run.batches_per_step(0), self._limit(run)
+        samples = 0  # of an optimizer step, where that matters
         if self.keep_effective or self.scale_lr is not None:
             if now is None:
                 raise ValueError("keep_effective and scale_lr need a batch size to begin with: set the attribute to a number")
             samples = now * accumulate
-        limit = self._limit(run)
         if self.keep_effective:
-            assert samples is not None
             if not run.automatic:
                 raise ValueError("keep_effective changes accumulate_grad_batches, which is for automatic optimization")
             if run.accumulation is not None:
@@ -279,14 +276,14 @@ class BatchSizeFinder:
         trials: list[tuple[int, str]] = []
 
         def accumulated(size: int) -> int:
-            return -(-samples // size) if self.keep_effective and samples is not None else accumulate
+            return -(-samples // size) if self.keep_effective else accumulate
 
         def fits(size: int) -> bool:
             trials.append((size, self._try(run, size, attribute, accumulated(size))))
             return not trials[-1][1]
 
         def allowed(size: int) -> int:
-            return _divisor(samples, size) if self.keep_effective and samples is not None else size
+            return _divisor(samples, size) if self.keep_effective else size
 
         try:
             largest = search(fits, self.mode, self.init, limit)
@@ -296,11 +293,9 @@ class BatchSizeFinder:
             return None
         if not size:
             raise MemoryError(f"there is no batch size with enough memory: with {trials[-1][0]} sample: {trials[-1][1]}")
-        scale = 1.0
-        if self.scale_lr is not None:
-            assert samples is not None
-            scale = size * accumulated(size) / samples
-            scale = math.sqrt(scale) if self.scale_lr == "sqrt" else scale
+        scale = 1.0 if self.scale_lr is None else size * accumulated(size) / samples
+        if self.scale_lr == "sqrt":
+            scale = math.sqrt(scale)
         return BatchSize(size, accumulated(size), scale, now, attribute, tuple(trials))
 
     def _probe(self, run: Run) -> str | None:
@@ -318,7 +313,7 @@ class BatchSizeFinder:
         return None
 
     def _now(self, run: Run, attribute: str | None) -> int | None:
-        size = self._loaders["train", 0].batch_size if attribute is None else _places(_owners(run), attribute)[0].get()
+        size = self._loaders["train", 0].batch_size if attribute is None else _get(_places(_owners(run), attribute)[0], attribute)
         return size if type(size) is int else None
 
     def _limit(self, run: Run) -> int:
@@ -486,23 +481,6 @@ def scale_rates(run: Run, factor: float) -> None:
 # ---------------------------------------------------------------------- where the size is written
 
 
-@dataclass
-class _Place:
-    """An attribute of a module or data module, or an entry of its hparams."""
-
-    owner: Any
-    name: str
-
-    def get(self) -> Any:
-        return self.owner[self.name] if isinstance(self.owner, MutableMapping) else getattr(self.owner, self.name)
-
-    def set(self, value: int) -> None:
-        if isinstance(self.owner, MutableMapping):
-            self.owner[self.name] = value
-        else:
-            setattr(self.owner, self.name, value)
-
-
 def _owners(run: Run) -> list[Any]:
     return [each for each in (run.datamodule, run.module) if each is not None]
 
@@ -512,21 +490,29 @@ def _hparams(owner: Any) -> MutableMapping[str, Any]:
     return kept if isinstance(kept, MutableMapping) else {}
 
 
-def _places(owners: list[Any], name: str) -> list[_Place]:
-    """Everywhere the size is written; the data module comes first, as it does when loaders are asked for."""
+def _places(owners: list[Any], name: str) -> list[Any]:
+    """What holds the size: owners with the attribute and hparams with the entry; the data module comes first, as it does when
+    loaders are asked for."""
     found, missing = [], object()
     for owner in owners:
         there = inspect.getattr_static(owner, name, missing)
         if there is not missing and not (isinstance(there, property) and there.fset is None):
-            found.append(_Place(owner, name))
+            found.append(owner)
         if name in _hparams(owner):
-            found.append(_Place(_hparams(owner), name))
+            found.append(_hparams(owner))
     return found
+
+
+def _get(place: Any, name: str) -> Any:
+    return place[name] if isinstance(place, MutableMapping) else getattr(place, name)
 
 
 def _set(owners: list[Any], name: str, size: int) -> None:
     for place in _places(owners, name):
-        place.set(size)
+        if isinstance(place, MutableMapping):
+            place[name] = size
+        else:
+            setattr(place, name, size)
 
 
 def _missing(owners: list[Any], name: str) -> str:
@@ -553,8 +539,7 @@ def _unchanged(run: Run, finder: BatchSizeFinder | None = None) -> Iterator[None
 
 
 def _restore(now: Any, before: dict[str, Any]) -> None:
-    for name in [name for name in now if name not in before]:
-        del now[name]
+    now.clear()
     now.update(before)
 
 
@@ -587,17 +572,16 @@ def scale_batch_size(
         MemoryError: not even a batch of one sample has enough memory.
     """
     finder = BatchSizeFinder(**options)
-    others = {name: plugin for name, plugin in trainer.enabled.items() if not isinstance(plugin, BatchSizeFinder)}
-    taking_part = {name: plugin for name, plugin in others.items() if any(_answers(plugin, each) for each in OPERATIONS)}
-    settings = {each.name: getattr(trainer, each.name) for each in dataclasses.fields(trainer) if each.init}
+    taking_part = {
+        name: plugin
+        for name, plugin in trainer.enabled.items()
+        if not isinstance(plugin, BatchSizeFinder) and any(_answers(plugin, each) for each in OPERATIONS)
+    }
     if hasattr(train_dataloaders, "train_dataloader"):
         datamodule, train_dataloaders = train_dataloaders, None
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(preserved())
-        stack.enter_context(_as_before(module, [*taking_part.values(), datamodule]))
+    with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *taking_part.values(), datamodule):
         named = [{name: plugin} for name, plugin in taking_part.items()]
-        tuner = Trainer(**{**settings, "root_dir": folder, "plugins": [*named, {"batch_size_finder": finder}]})
+        tuner = dataclasses.replace(trainer, root_dir=folder, plugins=[*named, {"batch_size_finder": finder}])
         tuner.tune(module, train_dataloaders, val_dataloaders, datamodule)
     found = finder.result
     if found is None:
@@ -612,15 +596,16 @@ def _answers(plugin: Any, operation: str) -> bool:
 
 
 @contextmanager
-def _as_before(module: Module, others: list[Any]) -> Iterator[None]:
+def _as_before(module: Module, *others: Any) -> Iterator[None]:
     """Afterwards a module has the tensors, on the device and of the type, and everybody the attributes that they had before."""
     kept = []
-    for owner in [*module.modules(), *others]:
-        if owner is not None and hasattr(owner, "__dict__"):
+    for owner in (*module.modules(), *others):
+        if hasattr(owner, "__dict__"):
             inside = {name: copy.copy(value) for name, value in vars(owner).items() if isinstance(value, (list, dict, set))}
             kept.append((owner, dict(vars(owner)), inside))
-    tensors = [(p, p.device, p.dtype, p.data if p.device.type == "cpu" else None) for p in module.parameters()]
-    gradients = [None if p.grad is None else p.grad.to(p.device, copy=True) for p in module.parameters()]
+    tensors = [
+        (p, p.device, p.dtype, p.data.to("cpu"), None if p.grad is None else p.grad.to("cpu", copy=True)) for p in module.parameters()
+    ]
     try:
         yield
     finally:
@@ -630,8 +615,8 @@ def _as_before(module: Module, others: list[Any]) -> Iterator[None]:
                 container = attributes[name]
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
-        for (parameter, device, dtype, data), gradient in zip(tensors, gradients, strict=True):
+        for parameter, device, dtype, data, gradient in tensors:
             if (parameter.device, parameter.dtype) != (device, dtype):
-                parameter.grad = None
-                parameter.data = data if data is not None else parameter.data.to(device, dtype)
-                parameter.grad = gradient
+                parameter.grad = None  # it must have the type and place of its parameter
+                parameter.data = data.to(device)
+                parameter.grad = None if gradient is None else gradient.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -41,8 +41,9 @@ class Freeze:
     nothing happens to them before their epoch. Schedulers treat a new group as if it had been there from the beginning:
     its rate is what it would be with the given rate in `configure_optimizers`, also at the epoch at which it is unfrozen.
 
-    `configure_optimizers` gives all parameters, also those that are frozen at first. After the run parameters and layers are as
-    trainable as they were before. A run that goes on from a checkpoint must have the same options.
+    `configure_optimizers` gives all parameters, also those that are frozen at first. What has requires_grad=False before the run is
+    never unfrozen. After the run parameters and layers are as trainable as they were before. A run that goes on from a
+    checkpoint must have the same options.
 
     Args:
         frozen: What is frozen when training starts: patterns.
@@ -66,6 +67,9 @@ class Freeze:
             raise TypeError(f"frozen must be a list of names or patterns, such as ['backbone'], got {self.frozen!r}")
         if not isinstance(self.unfreeze, dict):
             raise TypeError(f"unfreeze must be a dict {{epoch: {{pattern: learning rate}}}}, got {self.unfreeze!r}")
+        self.unfreeze = {  # a file of JSON has texts for keys
+            int(epoch) if isinstance(epoch, str) and epoch.isdecimal() else epoch: parts for epoch, parts in self.unfreeze.items()
+        }
         for epoch in self.unfreeze:
             if type(epoch) is not int or epoch < 0:
                 raise ValueError(f"unfreeze: an epoch must be a whole number, at least 0, got {epoch!r}")
@@ -81,13 +85,19 @@ class Freeze:
 
     # ------------------------------------------------------------------ hooks
 
-    @hookimpl
-    def on_run_start(self, run: Run) -> None:
+    @hookimpl(wrapper=True)
+    def on_run_start(self, run: Run) -> Iterator[Any]:
         if run.purpose != "fit":
-            return
+            return (yield)
         self._find(run.module)
-        _regroup(run, self._stages, {id(p): number for p, number, _ in self._parameters if number is not None})
+        stage_of = {id(p): number for p, number, _ in self._parameters if number is not None}
+        _regroup(run, self._stages, stage_of)
         self._apply(run.position.epoch)
+        ours = list(run.optimizers)
+        answer = yield
+        if run.optimizers != ours:  # somebody had them made anew, as a batch size finder does
+            _regroup(run, self._stages, stage_of)
+        return answer
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -140,7 +150,8 @@ class Freeze:
         for parameter in module.parameters():
             own = names[id(parameter)]
             if self._is_frozen(own):
-                self._parameters.append((parameter, self._stage_of(own), parameter.requires_grad))
+                trained = parameter.requires_grad  # somebody else's decision, if not: such as a fixed embedding
+                self._parameters.append((parameter, self._stage_of(own) if trained else None, trained))
         for name, layer in layers.items():
             if self._is_frozen([name]):
                 self._layers.append((layer, self._stage_of([name])))
@@ -148,7 +159,8 @@ class Freeze:
         for number, stage in enumerate(self._stages):
             if number not in used:
                 raise ValueError(
-                    f"unfreeze: {stage.pattern!r} of epoch {stage.epoch} is no parameter that is frozen until then (frozen: {self.frozen})"
+                    f"unfreeze: {stage.pattern!r} of epoch {stage.epoch} is no parameter that is frozen until then (frozen: "
+                    f"{self.frozen}); what has requires_grad=False before the run stays so"
                 )
 
     def _is_frozen(self, names: Iterable[str]) -> bool:
@@ -166,13 +178,12 @@ class Freeze:
                 parameter.grad = None
         for layer, number in self._layers:
             trained = number is not None and self._stages[number].epoch <= epoch
-            quiet = any(layer is other for other in self._quiet)
-            if trained and quiet:
+            if not trained and layer.training:
+                layer.eval()
+                self._quiet.append(layer)
+            elif trained and any(layer is other for other in self._quiet):
                 layer.train()
                 self._quiet = [other for other in self._quiet if other is not layer]
-            elif not trained and layer.training:
-                layer.eval()
-                self._quiet += [] if quiet else [layer]
 
 
 def _takes(pattern: str, name: str) -> bool:

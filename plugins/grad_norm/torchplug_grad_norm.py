@@ -49,24 +49,23 @@ class GradNorm:
     def on_before_optimizer_step(self, run: Run, optimizer: Optimizer) -> None:
         position = run.position
         step = position.step + (run.counted != position.micro_step)  # an earlier optimizer of this batch has counted it
-        if step % run.options.log_every_n_steps == 0:
-            self._norms = self._of(run, optimizer)
+        due = step % run.options.log_every_n_steps == 0
+        self._norms = self._of(run, optimizer) if due else {}  # those of a step that was skipped are forgotten
 
     @hookimpl
     def on_after_optimizer_step(self, run: Run) -> None:
-        if self._norms:
-            norms, self._norms = self._norms, {}
-            for name, norm in norms.items():
-                run.log(name, norm)
+        for name, norm in self._norms.items():
+            run.log(name, norm)
 
     def _of(self, run: Run, optimizer: Optimizer) -> dict[str, Tensor]:
         """The norms by name."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers: dict[str, list[Tensor]] = {}
         for name, parameter in run.module.named_parameters():
-            if parameter.grad is not None and id(parameter) in own:
+            gradient = parameter.grad
+            if gradient is not None and gradient.numel() and id(parameter) in own:
                 layer = name.rpartition(".")[0] or name  # a parameter of the module itself goes by its own name
-                layers.setdefault(layer, []).append(self._norm(parameter.grad))
+                layers.setdefault(layer, []).append(self._norm(gradient))
         if not layers:
             return {}
         by_layer = {name: self._joined(norms) for name, norms in layers.items()}
@@ -80,6 +79,7 @@ class GradNorm:
         values = gradient.detach()
         if values.is_sparse:
             values = values.coalesce().values()
+            values = values if values.numel() else values.new_zeros(1)  # of no element there is no largest one
         half = values.dtype in (torch.float16, torch.bfloat16)
         norm: Any = torch.linalg.vector_norm(values, self.norm_type, dtype=torch.float32 if half else None)
         return norm  # type: ignore[no-any-return]

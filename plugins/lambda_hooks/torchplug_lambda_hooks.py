@@ -71,7 +71,8 @@ def _adapted(hook: str, function: Any) -> Callable[..., Any]:
             raise ValueError(
                 f"hooks: the function for {hook} takes {parameter}{_closest(parameter.name, there)}, the hook has {', '.join(there)}"
             )
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(kind(each) for kind in kinds for each in (function, type(function).__call__)):
         raise TypeError(f"hooks: {hook} must be a plain function, without async and yield, got {function!r}")
     adapted: Callable[..., Any] = eval(
         f"lambda {', '.join(there)}: function({', '.join(f'{name}={name}' for name in names)})", {"function": function}

@@ -10,9 +10,11 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,11 @@ ATTRIBUTES = ("lr", "learning_rate")
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as optimizers and schedulers keep them
 EARLY = 9  # steps whose mean is of too few losses to say anything
 SLIDE = 15  # points between the two places whose slopes are compared
+# what takes part in a step or in where it runs: plugins that answer one of these are in the test of `lr_find` too
+OPERATIONS = (
+    "launch", "setup_module", "prepare_loader", "move_batch", "train_batch", "train_step", "backward", "clip_gradients",
+    "optimizer_step", "zero_grad",
+)  # fmt: skip
 
 
 @dataclass
@@ -64,7 +71,8 @@ class RangeTest:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if len(self.smoothed) < 3 or max(self.smoothed) - min(self.smoothed) <= 1e-6 * abs(self.smoothed[0]):
             return None
-        return METHODS[method](self)
+        rate = METHODS[method](self)
+        return None if rate is None else max(rate, self.lrs[0])
 
     def plot(self, suggest: bool = True) -> Any:
         """The losses over the rates, as a matplotlib figure that belongs to no window.
@@ -119,7 +127,7 @@ def _at_steepest(found: RangeTest) -> float | None:
 
 def _at_minimum(found: RangeTest) -> float | None:
     begin = EARLY if len(found.smoothed) > 2 * EARLY else 0
-    return max(found.lrs[min(range(begin, len(found.smoothed)), key=found.smoothed.__getitem__)] / 10, found.lrs[0])
+    return found.lrs[min(range(begin, len(found.smoothed)), key=found.smoothed.__getitem__)] / 10
 
 
 def _in_the_valley(found: RangeTest) -> float | None:
@@ -188,6 +196,8 @@ class LearningRateFinder:
 
     result: RangeTest | None = field(init=False, default=None, repr=False)  # the newest
     _done: list[int] = field(init=False, default_factory=list, repr=False)  # epochs
+    _newest: float | None = field(init=False, default=None, repr=False)  # what the run found last
+    _sets: bool = field(init=False, default=True, repr=False)  # whether what is found is used
 
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr:
@@ -206,7 +216,12 @@ class LearningRateFinder:
 
     @hookimpl
     def on_run_start(self) -> None:
-        self._done = []
+        self._done, self._newest = [], None
+
+    @hookimpl
+    def on_fit_start(self, run: Run) -> None:
+        if self._newest is not None:  # of the run that goes on, whose module had it
+            self._tell(run, self._newest)
 
     @hookimpl
     def on_train_epoch_start(self, run: Run) -> None:
@@ -214,7 +229,9 @@ class LearningRateFinder:
         if epoch not in self.at_epochs or epoch in self._done:
             return
         self._done.append(epoch)
-        self.result = self._test(run)
+        self.result = self._test(
+            run
+        )  # to its end even after a signal: the batch that follows needs the rate, and so does a run that goes on
         self._use(run, self.result)
         self._show(run, self.result)
 
@@ -222,16 +239,17 @@ class LearningRateFinder:
     def tune(self, run: Run) -> Generator[None, Any, dict[str, Any]]:
         others = yield  # what a batch size finder sets comes first
         self.result = self._test(run)
-        self._use(run, self.result)
+        if self._sets:
+            self._use(run, self.result)
         return {run.name_of(self): self.result, **(others or {})}
 
     def state_dict(self) -> dict[str, Any]:
-        """At which epochs a rate was found: a run that goes on does not look for it again."""
-        return {"done": list(self._done)}
+        """At which epochs a rate was looked for, and the newest: a run that goes on does not look for it again."""
+        return {"done": list(self._done), "rate": self._newest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
-        self._done = list(state["done"])
+        self._done, self._newest = list(state["done"]), state["rate"]
 
     # ------------------------------------------------------------------ the test
 
@@ -239,6 +257,7 @@ class LearningRateFinder:
         if not run.automatic or len(run.optimizers) != 1:
             what = "in manual optimization" if not run.automatic else f"for {len(run.optimizers)} optimizers"
             raise ValueError(f"a learning rate cannot be looked for {what}: it takes one optimizer, in automatic optimization")
+        _places(run.module, self.attribute)  # refuses a name that is not there before anything is tried
         (optimizer,), found = run.optimizers, RangeTest(method=self.method)
         ratios = _ratios(optimizer)
         mean, lowest = 0.0, math.inf
@@ -281,39 +300,35 @@ class LearningRateFinder:
             )
             return
         (optimizer,) = run.optimizers
-        factor = rate / _reference(optimizer.param_groups[0])
+        reference = _reference(optimizer.param_groups[0])
+
+        def scaled(value: Any) -> float:  # the quotient first: what equals the reference becomes the rate to the last bit
+            return rate * (float(value) / reference)
+
         for group in optimizer.param_groups:
             for name in RATES:
                 if name in group:
-                    _set(group, name, group[name] * factor)
+                    _set(group, name, scaled(group[name]))
         for each in run.schedulers:
             for scheduler in _inside(each.scheduler):
                 for name in ("base_lrs", "_last_lr", "max_lrs"):
                     if isinstance(getattr(scheduler, name, None), list):
-                        setattr(scheduler, name, [value * factor for value in getattr(scheduler, name)])
-        self._tell(run.module, rate)
+                        setattr(scheduler, name, [scaled(value) for value in getattr(scheduler, name)])
+        self._newest = rate
+        self._tell(run, rate)
 
-    def _tell(self, module: Module, rate: float) -> None:
-        names = ATTRIBUTES if self.attribute is None else (self.attribute,)
-        for name in names:
-            there = False
-            if name in module.hparams:
-                module.hparams[name], there = rate, True
-            if isinstance(getattr(module, name, None), (int, float)):
-                setattr(module, name, rate)
-                there = True
-            if there:
-                return
-        if self.attribute is not None:
-            raise AttributeError(
-                f"{type(module).__name__} has no attribute {self.attribute!r}, nor a hyperparameter of this name; "
-                "name one in lr_finder's option attribute"
-            )
+    def _tell(self, run: Run, rate: float) -> None:
+        name, owners = _places(run.module, self.attribute)
+        for owner in owners:
+            if isinstance(owner, Module):
+                setattr(owner, name, rate)
+            else:
+                owner[name] = rate
 
     def _show(self, run: Run, found: RangeTest) -> None:
         rate = found.suggestion()
         if rate is not None:
-            run.say_once(f"lr_finder: learning rate {rate:.3e}, by {self.method} over {len(found.lrs)} steps")
+            run.say_once(f"lr_finder: learning rate {rate:.3e}, by {self.method} over {len(found.lrs)} steps", logging.INFO)
         run.log_text("lr_finder", found.table())
         try:
             figure = found.plot()
@@ -333,23 +348,72 @@ def lr_find(trainer: Trainer, module: Module, train_dataloaders: Any = None, dat
         options: those of `LearningRateFinder`.
     """
     finder = LearningRateFinder(**options)
-    finder._use = lambda run, found: None  # type: ignore[method-assign]
-    modes = [(part, part.training) for part in module.modules()]
-    hyperparameters = copy.deepcopy(dict(module.hparams))
-    kept = [plugin for plugin in trainer.enabled.values() if hasattr(type(plugin), "optimizer_step") or hasattr(type(plugin), "train_step")]
-    with tempfile.TemporaryDirectory() as folder, preserved():
-        own = dataclasses.replace(trainer, root_dir=folder, plugins=[*kept, {"lr_finder": finder}])
-        try:
-            own.tune(module, train_dataloaders, datamodule=datamodule)
-        finally:
-            module.hparams.update(hyperparameters)
-            for part, training in modes:
-                part.training = training
+    finder._sets = False
+    if hasattr(train_dataloaders, "train_dataloader"):
+        datamodule, train_dataloaders = train_dataloaders, None
+    kept = {name: plugin for name, plugin in trainer.enabled.items() if any(_answers(plugin, each) for each in OPERATIONS)}
+    with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *kept.values(), datamodule):
+        named = [{name: plugin} for name, plugin in kept.items()]
+        dataclasses.replace(trainer, root_dir=folder, plugins=[*named, {"lr_finder": finder}]).tune(
+            module, train_dataloaders, datamodule=datamodule
+        )
     assert finder.result is not None
     return finder.result
 
 
+def _answers(plugin: Any, operation: str) -> bool:
+    return hasattr(getattr(plugin, operation, None), "torchplug_impl")
+
+
+@contextmanager
+def _as_before(module: Module, *others: Any) -> Iterator[None]:
+    """Afterwards a module has the tensors, on the device and of the type, and everybody the attributes that they had before."""
+    kept = []
+    for owner in (*module.modules(), *others):
+        if hasattr(owner, "__dict__"):
+            inside = {name: copy.copy(value) for name, value in vars(owner).items() if isinstance(value, (list, dict, set))}
+            kept.append((owner, dict(vars(owner)), inside))
+    tensors = [
+        (p, p.device, p.dtype, p.data.to("cpu"), None if p.grad is None else p.grad.to("cpu", copy=True)) for p in module.parameters()
+    ]
+    try:
+        yield
+    finally:
+        for owner, attributes, inside in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+            for name, content in inside.items():
+                container = attributes[name]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        for parameter, device, dtype, data, gradient in tensors:
+            if (parameter.device, parameter.dtype) != (device, dtype):
+                parameter.grad = None  # it must have the type and place of its parameter
+                parameter.data = data.to(device)
+                parameter.grad = None if gradient is None else gradient.to(device)
+
+
 # ---------------------------------------------------------------------- rates
+
+
+def _places(module: Module, attribute: str | None) -> tuple[str, list[Module | MutableMapping[str, Any]]]:
+    """The name of the module's rate, and where it stands: in the module, among its hyperparameters, or both.
+
+    Raises:
+        AttributeError: there is nothing of the name that was asked for.
+    """
+    for name in ATTRIBUTES if attribute is None else (attribute,):
+        owners: list[Module | MutableMapping[str, Any]] = [module.hparams] if name in module.hparams else []
+        if isinstance(getattr(module, name, None), (int, float)):
+            owners.append(module)
+        if owners:
+            return name, owners
+    if attribute is None:
+        return "", []
+    raise AttributeError(
+        f"{type(module).__name__} has no attribute {attribute!r}, nor a hyperparameter of this name; "
+        "name one in lr_finder's option attribute"
+    )
 
 
 def _reference(group: dict[str, Any]) -> float:

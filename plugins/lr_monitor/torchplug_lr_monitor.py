@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.optim import Optimizer
-
 from torchplug import Run, hookimpl
 
 __all__ = ["LRMonitor"]
@@ -17,8 +15,8 @@ __all__ = ["LRMonitor"]
 class LRMonitor:
     """Logs the rates with which a step was taken: those before the schedulers move on.
 
-    The name of an optimizer is that of its scheduler, if that has one, else ``lr-`` and its class, with ``-1``, ``-2`` for
-    further optimizers of the class. Of several groups each has ``/pg1``, ``/pg2``, or ``/`` and the group's own ``name``.
+    The name of an optimizer is that of its scheduler, if that has one, else ``lr-`` and its class. Of several groups each has
+    ``/pg1``, ``/pg2``, or ``/`` and the group's own ``name``. A name that comes again gets ``-1``, ``-2``.
 
     Args:
         logging_interval: When to log: 'step' at every logging step of the Trainer, 'epoch' at the beginning of each epoch.
@@ -41,6 +39,8 @@ class LRMonitor:
         for name in ("log_momentum", "log_weight_decay"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.logging_interval == "epoch":
+            self.on_after_optimizer_step = None  # type: ignore[method-assign, assignment]  # nobody is called at every step
 
     @hookimpl
     def on_train_start(self) -> None:
@@ -54,7 +54,7 @@ class LRMonitor:
     @hookimpl
     def on_after_optimizer_step(self, run: Run) -> None:
         step = run.position.step
-        if step % run.options.log_every_n_steps or step == self._logged or self.logging_interval == "epoch":
+        if step % run.options.log_every_n_steps or step == self._logged:
             return
         self._logged = step  # of several optimizers the first one to step logs all, before any scheduler moves
         self._log(run)
@@ -71,13 +71,21 @@ class LRMonitor:
 
 def _named_groups(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each parameter group of the run with its name."""
-    classes: list[type[Optimizer]] = []
+    taken: list[str] = []
     for optimizer in run.optimizers:
-        name = next((each.name for each in run.schedulers if each.optimizer is optimizer and each.name), None)
-        if name is None:
-            same = classes.count(type(optimizer))
-            name = f"lr-{type(optimizer).__name__}" + (f"-{same}" if same else "")
-            classes.append(type(optimizer))
+        named = next((each.name for each in run.schedulers if each.optimizer is optimizer and each.name), None)
+        name = _numbered(named or f"lr-{type(optimizer).__name__}", taken)
+        own: list[str] = []
         for number, group in enumerate(optimizer.param_groups, 1):
-            own = group.get("name") or (f"pg{number}" if len(optimizer.param_groups) > 1 else "")
-            yield (f"{name}/{own}" if own else name), group
+            part = group.get("name") or (f"pg{number}" if len(optimizer.param_groups) > 1 else "")
+            yield (f"{name}/{_numbered(part, own)}" if part else name), group
+
+
+def _numbered(name: str, taken: list[str]) -> str:
+    """``name``, with ``-1``, ``-2`` after it where it is taken."""
+    free, number = name, 0
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    taken.append(free)
+    return free

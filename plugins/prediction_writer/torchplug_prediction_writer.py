@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,11 +70,14 @@ class PredictionWriter:
         self.files, self._samples, self._kept = 0, {}, []
         self._folder = run.dir / "predictions" if self.dir is None else Path(self.dir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        earlier = [*self._folder.glob(f"rank{run.rank}.*"), *self._folder.glob(f"rank{run.rank}-*")]
+        own = rf"rank{run.rank}(-loader\d+-batch\d+)?\.(pt|safetensors)"
+        paths = list(self._folder.iterdir())
+        earlier = [path for path in paths if re.fullmatch(own, path.name)]
         if earlier and not self.overwrite:
             raise FileExistsError(f"{self._folder} holds predictions already; give another dir, or overwrite=True to delete them")
-        for path in earlier:
-            path.unlink()
+        left = [path for path in paths if re.fullmatch(rf"\.{own}\.\d+\.tmp", path.name)]  # by a process that was killed
+        for path in (*earlier, *left):
+            path.unlink(missing_ok=True)
 
     @hookimpl
     def on_predict_batch_end(self, run: Run, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -135,7 +140,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> None:
     if isinstance(value, (list, tuple, dict)):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             _flatten(part, f"{path}.{name}", tensors)
-    elif isinstance(value, (Tensor, bool, int, float)):
+    elif isinstance(value, (bool, int, float, complex)) or (isinstance(value, Tensor) and value.layout is torch.strided):
         if path in tensors:
             raise ValueError(f"{path} stands for two predictions; rename a key, or write format='pt'")
         tensors[path] = value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
@@ -150,15 +155,21 @@ def _plain(value: Any, path: str) -> Any:
         TypeError: something that has no such form, by its path.
     """
     if isinstance(value, Tensor):
-        tensor = value.detach().as_subclass(Tensor)
+        tensor = value.detach()
+        tensor = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
         # a copy is needed of what stays on the CPU: it may be changed later, or be a small part of a large storage
-        return tensor.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else tensor.cpu()
+        if tensor.device.type != "cpu":
+            return tensor.cpu()
+        return tensor.clone(memory_format=torch.contiguous_format) if tensor.layout is torch.strided else tensor.clone()
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return torch.as_tensor(value).clone() if getattr(value, "ndim", 0) else value.tolist()
-    if value is None or type(value) in (bool, int, float, str):
+        array, value = value, value if value.ndim else value.tolist()
+        if array.ndim:
+            with suppress(TypeError):  # torch has no tensors of such values
+                return torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))  # a copy
+    if value is None or type(value) in (bool, int, float, complex, str):
         return value
     if isinstance(value, Mapping):
-        return {name: _plain(part, f"{path}.{name}") for name, part in value.items()}
+        return {_plain(name, f"the key {name!r} of {path}"): _plain(part, f"{path}.{name}") for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         parts = [_plain(part, f"{path}.{number}") for number, part in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts

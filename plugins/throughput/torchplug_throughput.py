@@ -35,11 +35,12 @@ class Throughput:
 
     A rate is taken over a window of steps that ends at the logging step. Waiting for data counts, and so does everything else
     between two batches, but for validation, checkpoints that are written while training waits, and the time from one epoch to
-    the next. The first batch of a run is left out. All of it is of this process.
+    the next. The first optimizer step of a run is left out. All of it is of this process.
 
     With peak_flops it logs flops_per_sec and mfu too: the floating-point operations of the model, forward and backward, as
     `torch.utils.flop_counter` counts those of the first batch while it is trained on, and their share of the peak (Chowdhery
-    et al., "PaLM", 2022, appendix B). They are taken to grow with the number of samples in a batch.
+    et al., "PaLM", 2022, appendix B). They are taken to grow with the number of samples in a batch. What activation
+    checkpointing computes again counts again.
 
     Args:
         window_size: Length of the window in optimizer steps. It begins and ends at a logging step, so it may be longer by up to
@@ -55,8 +56,8 @@ class Throughput:
     peak_flops: float | None = None
 
     _marks: deque[_Mark] = field(init=False, default_factory=deque, repr=False)
-    _tokens: Any = field(init=False, default=0, repr=False)  # counted so far; on the device, if that is where they are counted
-    _started: float = field(init=False, default=0.0, repr=False)
+    _tokens: Any = field(init=False, default=0, repr=False)  # since the last mark; on the device, if that is where they are counted
+    _step: int = field(init=False, default=0, repr=False)  # at the last mark, or where training began
     _paused: float = field(init=False, default=0.0, repr=False)  # seconds that the clock stood still
     _since: float | None = field(init=False, default=None, repr=False)  # when it was stopped, if it is
     _thread: int = field(init=False, default=0, repr=False)
@@ -74,6 +75,8 @@ class Throughput:
         peak = self.peak_flops
         if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
             raise ValueError(f"peak_flops must be a number of operations per second above 0, or None, got {peak!r}")
+        if peak is None:
+            self.on_train_batch_start = None  # type: ignore[method-assign, assignment]  # nobody is called at every step
 
     # ------------------------------------------------------------------ the clock
 
@@ -81,7 +84,7 @@ class Throughput:
         """Seconds that were trained, when the device has done all that it was given."""
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        return time.perf_counter() - self._started - self._paused
+        return time.perf_counter() - self._paused
 
     def _pause(self, run: Run) -> bool:
         """Stops the clock; False if it stands still already, or this is not the thread that trains."""
@@ -99,13 +102,15 @@ class Throughput:
     # ------------------------------------------------------------------ hooks
 
     @hookimpl
-    def on_train_start(self) -> None:
+    def on_train_start(self, run: Run) -> None:
         self._marks, self._tokens, self._flops, self._counter = deque(), 0, None, None
-        self._started, self._paused, self._since = time.perf_counter(), 0.0, None
+        self._step = run.position.step
+        self._paused, self._since = 0.0, None
         self._thread = threading.get_ident()
 
-    @hookimpl
-    def on_train_epoch_start(self) -> None:
+    @hookimpl(wrapper=True)
+    def on_train_epoch_start(self) -> Iterator[Any]:
+        yield  # what others do here is a pause too
         self._go_on()
 
     @hookimpl(wrapper=True)
@@ -132,19 +137,19 @@ class Throughput:
 
     @hookimpl
     def on_train_batch_start(self) -> None:
-        if self._flops is None and self.peak_flops is not None:
+        if self._flops is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()  # type: ignore[no-untyped-call]  # left by on_train_batch_end, or on_exception
 
     @hookimpl
-    def on_train_batch_end(self, run: Run, batch: Any) -> None:
+    def on_train_batch_end(self, run: Run, outputs: Any, batch: Any) -> None:
         if self.tokens is not None:
             self._tokens = self._tokens + self._count(batch)
         if self._counter is not None:
-            self._measured(run)
-        elif self._marks and (run.position.step % run.options.log_every_n_steps or run.position.step == self._marks[-1].step):
-            return
-        self._mark(run)
+            self._measured(run, outputs)
+        step = run.position.step
+        if step != self._step and not (self._marks and step % run.options.log_every_n_steps):
+            self._mark(run)
 
     @hookimpl
     def on_exception(self) -> None:
@@ -155,11 +160,13 @@ class Throughput:
     def _mark(self, run: Run) -> None:
         """Notes where the run is, and logs the rates over the window that ends here."""
         now, where, marks = self._now(run), run.position, self._marks
-        marks.append(_Mark(now, where.step, where.micro_step, where.samples, float(self._tokens)))
+        tokens = (marks[-1].tokens if marks else 0.0) + float(self._tokens)
+        marks.append(_Mark(now, where.step, where.micro_step, where.samples, tokens))
+        self._step, self._tokens = where.step, 0
         while len(marks) > 2 and where.step - marks[1].step >= self.window_size:
             marks.popleft()
         first, last = marks[0], marks[-1]
-        if where.step % run.options.log_every_n_steps or last.step == first.step:
+        if last is first:
             return
         seconds = last.seconds - first.seconds
         rates: dict[str, float] = {"samples": last.samples - first.samples, "steps": last.step - first.step}
@@ -173,10 +180,12 @@ class Throughput:
             if amount or name != "samples":  # nothing is said of batches whose size is not known
                 run.log(f"throughput/{name}_per_sec", amount / seconds)
 
-    def _measured(self, run: Run) -> None:
-        """The first batch is over: what it took is known."""
+    def _measured(self, run: Run, outputs: Any) -> None:
+        """The first batch is over: what it took is known, unless it was skipped."""
         counter = self._stop_counting()
         assert counter is not None
+        if run.automatic and all(each is None for each in (outputs if isinstance(outputs, list) else [outputs])):
+            return
         size, flops = run.metrics.size, counter.get_total_flops()
         self._by_sample = size > 0
         self._flops = flops / size if size else float(flops)
@@ -190,11 +199,18 @@ class Throughput:
         return counter
 
     def _count(self, batch: Any) -> Any:
-        """The tokens of a batch: a number, or a tensor with one element."""
-        if not isinstance(self.tokens, str):
+        """The tokens of a batch: a number, or a tensor with one element that can be added up."""
+        if isinstance(self.tokens, str):
+            count = batch.get(self.tokens) if isinstance(batch, Mapping) else getattr(batch, self.tokens, None)
+            if count is None:
+                raise ValueError(
+                    f"tokens={self.tokens!r} is no key or attribute of the batch, a {type(batch).__name__}; give a function of it"
+                )
+            if isinstance(count, Tensor) and count.dim():
+                return count.numel()
+        else:
             assert self.tokens is not None
-            return self.tokens(batch)
-        there = batch.get(self.tokens) if isinstance(batch, Mapping) else getattr(batch, self.tokens, None)
-        if there is None:
-            raise ValueError(f"tokens={self.tokens!r} is no key or attribute of the batch, a {type(batch).__name__}; give a function of it")
-        return there.numel() if isinstance(there, Tensor) and there.dim() else there
+            count = self.tokens(batch)
+        if isinstance(count, Tensor):  # a sum of few bits would soon stand still, or begin anew
+            return count.detach().to(torch.float32 if count.is_floating_point() else torch.int64)
+        return count

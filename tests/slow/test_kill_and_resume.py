@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Plan:
         persistent: whether they live longer than an epoch; the validation loader has some too then.
         own: whether the loader has a generator of its own.
         background: how the checkpoint plugin saves.
+        average: a plugin that averages the weights, with its options.
         saves: in place of the checkpoint plugin, where `run.save_checkpoint` is called.
         kill: where the process kills itself.
         resume: what to go on from.
@@ -94,6 +95,7 @@ class Plan:
     persistent: bool = False
     own: bool = False
     background: bool = False
+    average: Mapping[str, Any] | None = None
     saves: tuple[Place, ...] = ()
     kill: Place | None = None
     resume: str | Path | None = None
@@ -119,9 +121,10 @@ class Net(torchplug.Module):
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         self.log("meter", self.meter, on_step=False, on_epoch=True)
         self.log("spread", loss, on_step=False, on_epoch=True, reduce_fx=spread)
-        line = [self.current_epoch, batch_idx, index.tolist(), digest(x), digest(loss.detach())]
-        with open(self.plan.root / f"batches-{self.plan.turn}.jsonl", "a") as file:
-            print(json.dumps(line), file=file)
+        if torch.is_grad_enabled():  # a pass for the statistics of BatchNorm is no training
+            line = [self.current_epoch, batch_idx, index.tolist(), digest(x), digest(loss.detach())]
+            with open(self.plan.root / f"batches-{self.plan.turn}.jsonl", "a") as file:
+                print(json.dumps(line), file=file)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -171,6 +174,8 @@ def train(plan: Plan) -> None:
     plugins: list[Any] = ["journal", {"early_stopping": {"monitor": "val_loss", "patience": 99}}]
     for number, (hook, batches, count) in enumerate(plan.saves):
         plugins.append(at(hook, batches, count, lambda run, number=number: run.save_checkpoint(run.dir / f"{number}.safetensors")))
+    if plan.average is not None:
+        plugins.append(dict(plan.average))
     if plan.kill is not None:
         plugins.append(at(*plan.kill, kill))
     trainer = Trainer(
@@ -324,6 +329,27 @@ def test_a_second_kill_in_the_same_epoch_changes_nothing(workers: int, tmp_path:
         last = BATCHES * (first // BATCHES + 1) - 1
         kills.append((("on_train_batch_start", first, 1), ("on_train_batch_start", min(first + 1 + first % 3, last), 1)))
     compare(Plan(tmp_path, workers=workers, background=workers > 0), kills, processes)
+
+
+@pytest.mark.parametrize(
+    ("average", "workers"),
+    [
+        ({"ema": {"decay": 0.8, "warmup": True}}, 2),
+        ({"ema": {"decay": 0.8, "every_n_steps": 3, "buffers": "recompute"}}, 0),
+        ({"swa": {"start": 0, "every_n_steps": 2, "lr": 0.003, "anneal_epochs": 2, "validate": True}}, 0),
+        ({"swa": {"start": 0, "lr": 0.02, "buffers": "average"}}, 2),
+    ],
+    ids=["ema", "ema, statistics anew", "swa by steps", "swa by epochs"],
+)
+def test_a_run_that_averages_its_weights_goes_on_bit_for_bit(
+    average: Mapping[str, Any], workers: int, tmp_path: Path, processes: Any
+) -> None:
+    places = [("on_train_batch_start", batches, 1) for batches in (1, 3, 4, 6, 7, 9, 12, 13)]
+    places += [("on_validation_batch_end", 6, 2), ("on_validation_end", 10, 1), ("on_train_epoch_end", 7, 1), ("on_train_end", 14, 1)]
+    compare(Plan(tmp_path, workers=workers, background=workers > 0, average=average), [(place,) for place in places], processes)
+    (name,) = average
+    kept = load(next(tmp_path.glob("whole/Net/version_0/**/last.safetensors")))["plugins"][name]
+    assert kept["updates"] and kept["average"] and not torch.equal(kept["average"]["net.0.weight"], kept["own"]["net.0.weight"])
 
 
 def compare(plan: Plan, kills: Sequence[Kills], processes: Any, then: int | None = None) -> None:

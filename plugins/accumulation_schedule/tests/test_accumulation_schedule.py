@@ -267,9 +267,40 @@ def test_another_schedule_is_refused_unless_it_is_left_out(tmp_path: Any, whole:
         fit(tmp_path, Net(), schedule(scheduling={0: 2}), data=shuffled(), ckpt_path=path / "end-1.safetensors")
     with pytest.raises(CheckpointError, match="accumulate_grad_batches was 2, is 1"):
         fit(tmp_path, Net(), data=shuffled(), ckpt_path=path / "end-1.safetensors")
+    reordered = schedule(scheduling={2: 2, 1: 5, 0: 3})  # is no other one
+    run = fit(tmp_path, Net(), reordered, data=shuffled(), ckpt_path=path / "end-1.safetensors")
+    assert run.position.step == whole[1]["position"]["step"]
     trainer = Trainer(max_epochs=4, root_dir=tmp_path, plugins=[schedule(scheduling={0: 7})])
     trainer.fit(Net(), shuffled(), ckpt_path=path / "end-1.safetensors", resume={"exclude": ["plugin:accumulation_schedule", "data"]})
     assert trainer.run is not None and trainer.run.position.step == 3 + 2 + 2
+
+
+def test_an_instance_of_another_name_is_left_out_by_that_name(tmp_path: Any) -> None:
+    def named(scheduling: Any) -> Any:
+        return Trainer(
+            max_epochs=2, root_dir=tmp_path, plugins=[{"accumulation_schedule:own": {"scheduling": scheduling}}, Saves(tmp_path)]
+        )
+
+    named({0: 3}).fit(Net(), batches())
+    with pytest.raises(ValueError, match=r"begin with resume=\{'exclude': \['plugin:accumulation_schedule:own'\]\}"):
+        named({0: 3, 5: 2}).fit(Net(), batches(), ckpt_path=tmp_path / "end-0.safetensors")
+
+
+def test_the_steps_of_the_run_are_those_of_the_schedule(tmp_path: Any) -> None:
+    class Asks(Net):
+        def configure_optimizers(self) -> Any:
+            self.asked = self.run.total_steps
+            return super().configure_optimizers()
+
+    run = fit(tmp_path, Asks(), schedule(scheduling={0: 3, 2: 2}))
+    assert run.module.asked == run.position.step == 3 + 3 + 4 + 4
+
+
+def test_keys_that_are_texts_as_in_json_are_epochs(tmp_path: Any) -> None:
+    given = {"0": 3, 2: 2}
+    plugin = schedule(scheduling=given)
+    assert plugin.scheduling == {0: 3, 2: 2} and given == {"0": 3, 2: 2}
+    assert fit(tmp_path, Net(), plugin).position.step == 3 + 3 + 4 + 4
 
 
 def test_a_second_fit_goes_on_with_the_schedule(tmp_path: Any) -> None:
@@ -289,8 +320,19 @@ def test_a_second_fit_goes_on_with_the_schedule(tmp_path: Any) -> None:
 
 
 def test_what_cannot_be_together_is_refused(tmp_path: Any) -> None:
+    begun = []
+
+    class Begins:
+        @hookimpl
+        def on_run_start(self, run: Any) -> None:
+            begun.append(run)
+
     with pytest.raises(ValueError, match="accumulate_grad_batches=2 and a schedule contradict each other; leave it at 1"):
-        fit(tmp_path, Net(), schedule(scheduling={0: 2}), accumulate_grad_batches=2)
+        fit(tmp_path, Net(), Begins(), schedule(scheduling={0: 2}), accumulate_grad_batches=2)
+    assert not begun
+
+    with pytest.raises(ValueError, match="the length of the windows is set by another plugin already; name one schedule"):
+        fit(tmp_path, Net(), *({f"accumulation_schedule:{name}": {"scheduling": {0: 2}}} for name in "ab"))
 
     class Manual(Net):
         automatic_optimization = False
@@ -304,6 +346,7 @@ def test_what_cannot_be_together_is_refused(tmp_path: Any) -> None:
 
     with pytest.raises(ValueError, match=r"an optimizer that evaluates the loss itself .LBFGS. needs one batch at a time"):
         fit(tmp_path, Searching(), schedule(scheduling={0: 2}))
+    assert fit(tmp_path, Searching(), schedule(scheduling={0: 1}), max_epochs=1).position.step == 7
     Trainer(root_dir=tmp_path, plugins=[schedule(scheduling={0: 2})], accumulate_grad_batches=2).predict(Predicts(), batches(2))
 
 
@@ -317,7 +360,7 @@ class Predicts(Net):
     [
         ({}, "scheduling must be a dict of batches by epoch, such as {0: 8, 4: 4}, got {}"),
         ([8, 4], "scheduling must be a dict of batches by epoch"),
-        ({"0": 8}, "scheduling: an epoch must be a whole number, at least 0, got '0'"),
+        ({"first": 8}, "scheduling: an epoch must be a whole number, at least 0, got 'first'"),
         ({-1: 8}, "scheduling: an epoch must be a whole number, at least 0, got -1"),
         ({0: 0}, "scheduling: the batches from epoch 0 on must be a whole number, at least 1, got 0"),
         ({4: 2.0}, "scheduling: the batches from epoch 4 on must be a whole number, at least 1, got 2.0"),

@@ -104,6 +104,19 @@ def test_nothing_is_asked_between_logging_steps(tmp_path: Any, monkeypatch: pyte
     assert records == [(3, expected), (6, expected)]
     assert asked == ["cpu", "process"] + ["cpu", "vm", "swap", "process", "rss"] * 2
 
+    class Turns(Net):
+        """Both optimizers step in every batch."""
+
+        def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([parameter], lr=0.1) for parameter in self.parameters()]
+
+    asked.clear()
+    assert fit(tmp_path, Turns(), DeviceStats(), log_every_n_steps=3) == records
+    assert asked == ["cpu", "process"] + ["cpu", "vm", "swap", "process", "rss"] * 2
+
 
 def test_a_cuda_device_adds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 1)

@@ -130,8 +130,16 @@ def test_frozen_normalization_normalizes_with_its_statistics_and_dropout_goes_on
 
 
 def test_parts_are_trained_from_their_epoch_on(tmp_path: Any) -> None:
-    watch = Watch()
-    fit(tmp_path, Net(), Freeze(**STAGED), watch)
+    class Earlier:
+        """Is listed first, and sees all the same what is trained in the epoch."""
+
+        @hookimpl
+        def on_train_epoch_start(self, run: Any) -> None:
+            seen.append({name for name, p in run.module.named_parameters() if p.requires_grad})
+
+    watch, seen = Watch(), list[set[str]]()
+    fit(tmp_path, Net(), Earlier(), Freeze(**STAGED), watch)
+    assert seen == watch.trained[::4]
     second = {name for name in BACKBONE if ".3." in name or ".4." in name}
     assert watch.trained == [HEAD] * 4 + [HEAD | second] * 8 + [PARAMETERS] * 4
     changed = [differing(a, b) & PARAMETERS for a, b in zip(watch.states, [START, *watch.states], strict=False)]
@@ -344,6 +352,29 @@ def test_a_parameter_that_is_shared_is_frozen_under_each_of_its_names(tmp_path: 
     assert "net.backbone.0.weight" not in watch.trained[0] and "net.backbone.0.weight" in watch.trained[4]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_optimizers_that_are_made_anew_when_the_run_starts_get_the_groups_too(tmp_path: Any, place: int) -> None:
+    class Reloads:
+        """What a batch size finder does."""
+
+        @hookimpl
+        def on_run_start(self, run: Any) -> None:
+            run.reload()
+
+    plugins = [Freeze(**ONE_EACH)]
+    plugins.insert(place, Reloads())  # type: ignore[arg-type]
+    run, plain = fit(tmp_path, Net(scheduled), *plugins), fit(tmp_path, Net(scheduled), Freeze(**ONE_EACH))
+    assert _alike(run.state()["optimizers"], plain.state()["optimizers"])
+    assert differing(run.module.state_dict(), plain.module.state_dict()) == set()
+
+
+def test_keys_that_are_texts_as_in_json_are_epochs() -> None:
+    given: Any = {"3": ["net.head"], 1: {"net.backbone": 0.5}}
+    plugin = Freeze(frozen=["net"], unfreeze=given)
+    assert plugin.unfreeze == {1: {"net.backbone": 0.5}, 3: ["net.head"]} and "3" in given
+    assert plugin.state_dict()["unfreeze"] == [[1, "net.backbone", 0.5], [3, "net.head", None]]
+
+
 def test_from_epoch_0_on_a_part_has_only_a_rate_of_its_own(tmp_path: Any) -> None:
     module, other = (
         Net(),
@@ -368,6 +399,21 @@ def test_afterwards_everything_is_as_trainable_as_before_also_after_an_error(tmp
             fit(tmp_path, module, Freeze(frozen=["net"], unfreeze={0: ["net.head.weight"]}), *plugins)
         assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"net.head.bias"}
         assert all(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_what_somebody_else_fixed_is_not_unfrozen(tmp_path: Any, every: bool) -> None:
+    def configure(module: Any) -> Any:
+        return SGD([p for p in module.parameters() if every or p.requires_grad], lr=0.1, weight_decay=0.1)
+
+    module = Net(configure)
+    module.net["backbone"][0].weight.requires_grad_(False)
+    fit(tmp_path, module, Freeze(frozen=["net.backbone"], unfreeze={1: ["net.backbone"]}))
+    assert differing(module.state_dict(), START) & PARAMETERS == PARAMETERS - {"net.backbone.0.weight"}
+    with pytest.raises(
+        ValueError, match=r"is no parameter that is frozen until then .*; what has requires_grad=False before the run stays so"
+    ):
+        fit(tmp_path, module, Freeze(frozen=["net.backbone"], unfreeze={1: ["net.backbone.0.weight"]}))
 
 
 def test_a_layer_that_somebody_else_put_into_eval_mode_stays_there(tmp_path: Any) -> None:
@@ -519,7 +565,7 @@ def test_parameters_that_no_optimizer_has_cannot_be_unfrozen(tmp_path: Any) -> N
         ({"frozen": []}, "frozen must be a list of names or patterns"),
         ({"frozen": [""]}, "frozen must be a list of names or patterns"),
         ({"unfreeze": [1]}, "unfreeze must be a dict {epoch: {pattern: learning rate}}, got .1."),
-        ({"unfreeze": {"1": ["net"]}}, "unfreeze: an epoch must be a whole number, at least 0, got '1'"),
+        ({"unfreeze": {"x": ["net"]}}, "unfreeze: an epoch must be a whole number, at least 0, got 'x'"),
         ({"unfreeze": {-1: ["net"]}}, "unfreeze: an epoch must be a whole number, at least 0, got -1"),
         ({"unfreeze": {1: "net"}}, "unfreeze: epoch 1 must have {pattern: learning rate} or .patterns., got 'net'"),
         ({"unfreeze": {1: []}}, "unfreeze: epoch 1 must have {pattern: learning rate} or .patterns., got"),

@@ -1,11 +1,13 @@
 """What the norms of gradients are, against autograd and closed formulas."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug_grad_norm import GradNorm
@@ -132,6 +134,35 @@ def test_half_precision_gives_the_unscaled_norm_and_no_skipped_step(tmp_path: An
     assert [metrics["grad_2.0_norm_total"] for _, metrics in steps] == pytest.approx(plain, rel=2e-2)
 
 
+def test_norms_of_a_skipped_step_are_not_logged_with_a_later_one(tmp_path: Any) -> None:
+    class Turns(Net):
+        """The second optimizer's gradients overflow at step 2."""
+
+        def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
+            loss = self.net[0](batch).square().mean() if optimizer_idx == 0 else self.net[2].weight.square().mean()
+            return loss * float("inf") if (optimizer_idx, batch_idx) == (1, 1) else loss
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.net[0].parameters(), lr=0.0), torch.optim.SGD([*self.net[2].parameters(), self.scale], lr=0.0)]
+
+    found = fit(tmp_path, Turns(), GradNorm(per_layer=False), data=batches(3), precision="16-mixed", log_every_n_steps=2)
+    assert [(step, set(metrics)) for step, metrics in found] == [(2, {"grad_2.0_norm_total/0"})]
+
+
+@pytest.mark.parametrize("p", [2.0, INF])
+def test_gradients_without_an_element_count_for_nothing(tmp_path: Any, p: float) -> None:
+    class Empty(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.words = nn.Parameter(torch.zeros(0)), nn.Embedding(5, 2, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.none.sum() + self.words(torch.zeros(0, dtype=torch.long)).sum()
+
+    ((_, found), *_) = fit(tmp_path, Empty(), GradNorm(norm_type=p))
+    assert found == pytest.approx({**expected(Net(), [batches()[0]], p), f"grad_{p}_norm/words": 0.0}, rel=1e-6)
+
+
 def test_bfloat16_gradients_are_summed_in_float32(tmp_path: Any) -> None:
     class Wide(Module):
         def __init__(self) -> None:
@@ -209,6 +240,35 @@ def test_nothing_is_computed_or_read_between_logging_steps(tmp_path: Any, monkey
     assert [step for step, _ in found] == [3, 6]
     assert len(computed) == 2 * (5 + 2 + 1)  # five parameters, two layers of two, the total
     assert all(list(metrics) == ["grad_2.0_norm_total"] for _, metrics in found)
+
+
+class Operations(TorchDispatchMode):
+    """What the device does for each training batch, and how often it is waited for."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.done: Counter[int] = Counter()
+        self.read: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        batch = self.module._run.position.micro_step if self.module._run else -1
+        self.done[batch] += 1
+        self.read[batch] += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_it_reads_nothing_itself_and_does_nothing_between_logging_steps(tmp_path: Any) -> None:
+    seen = []
+    for plugins in ([], [GradNorm()]):
+        module = Net()
+        with Operations(module) as operations:
+            fit(tmp_path, module, *plugins, data=batches(8), log_every_n_steps=3)
+        seen.append(operations)
+    bare, watched = seen
+    assert bare.read == watched.read
+    assert all(bare.done[batch] == watched.done[batch] for batch in (0, 1, 4, 7))  # 3 and 6 begin with the records of steps 3 and 6
+    assert all(bare.done[batch] < watched.done[batch] for batch in (2, 5))
 
 
 @pytest.mark.parametrize("step", range(1, 6))

@@ -157,6 +157,17 @@ def test_it_may_be_switched_off_by_an_error_if_that_is_wanted(tmp_path: Any, cap
 async def asynchronous() -> None: ...
 
 
+class Yields:
+    """An object whose call would never run."""
+
+    def __call__(self, run: Any) -> Any:
+        yield run
+
+
+def yields() -> Any:
+    yield
+
+
 @pytest.mark.parametrize(
     ("hooks", "words"),
     [
@@ -172,6 +183,8 @@ async def asynchronous() -> None: ...
         ({"on_train_end": lambda *args: None}, "hooks: the function for on_train_end takes \\*args, the hook has run$"),
         ({"on_train_end": lambda run, /: None}, "hooks: the function for on_train_end takes run.* the hook has run$"),
         ({"on_train_end": asynchronous}, "hooks: on_train_end must be a plain function, without async and yield"),
+        ({"on_train_end": yields}, "hooks: on_train_end must be a plain function, without async and yield"),
+        ({"on_train_end": Yields()}, "hooks: on_train_end must be a plain function, without async and yield"),
         ([print], "hooks must be a dict of functions by the names of hooks, got "),
     ],
 )

@@ -92,6 +92,8 @@ def test_by_epoch_it_is_the_rate_at_the_beginning_of_each(tmp_path: Any) -> None
 
     records = fit(tmp_path, Net(by_epoch), LRMonitor(logging_interval="epoch"), max_epochs=3)
     assert records.of("lr-SGD") == {0: 0.1, 4: 0.05, 8: 0.025}
+    (member,) = Trainer(max_epochs=1, plugins=[LRMonitor(logging_interval="epoch")])._members
+    assert list(member.hooks) == ["on_train_epoch_start", "on_train_start"]  # none at every step
 
 
 def test_what_another_plugin_sets_at_the_beginning_of_an_epoch_is_seen(tmp_path: Any) -> None:
@@ -129,8 +131,9 @@ def test_groups_momentum_and_weight_decay(tmp_path: Any) -> None:
 def test_momentum_of_sgd_and_none_for_an_optimizer_without(tmp_path: Any) -> None:
     records = fit(tmp_path, Net(decaying), LRMonitor(log_momentum=True, log_weight_decay=True), max_steps=1)
     assert records.all == [(1, {"lr-SGD": 0.1, "lr-SGD-momentum": 0.9, "lr-SGD-weight_decay": 0.01})]
-    module = Net(lambda module: torch.optim.Adagrad(module.parameters(), lr=0.1))
-    assert fit(tmp_path, module, LRMonitor(log_momentum=True), max_steps=1).all == [(1, {"lr-Adagrad": pytest.approx(0.1)})]
+    module = Net(lambda module: torch.optim.Rprop(module.parameters(), lr=0.1))
+    records = fit(tmp_path, module, LRMonitor(log_momentum=True, log_weight_decay=True), max_steps=2)
+    assert records.all == [(step, {"lr-Rprop": 0.1}) for step in (1, 2)]
 
 
 def test_several_optimizers_of_a_class_and_the_names_of_schedulers(tmp_path: Any) -> None:
@@ -146,6 +149,29 @@ def test_several_optimizers_of_a_class_and_the_names_of_schedulers(tmp_path: Any
         (1, {"lr-SGD": 0.1, "lr-SGD-1": 0.2, "warmup": 0.3, "lr-SGD-2": 0.4}),
         (2, {"lr-SGD": 0.05, "lr-SGD-1": 0.2, "warmup": 0.15, "lr-SGD-2": 0.4}),
     ]
+
+
+def test_names_that_come_again_are_numbered(tmp_path: Any) -> None:
+    def several(module: Any) -> Any:
+        first = SGD([{"params": module.one.weight, "name": "head-1"}, {"params": module.one.bias, "name": "head", "lr": 0.2}], lr=0.1)
+        first.add_param_group({"params": module.two.weight, "name": "head", "lr": 0.3})
+        second = SGD([module.two.bias], lr=0.4)
+        return [first, second], [{"scheduler": ExponentialLR(each, 0.5), "name": "warmup"} for each in (first, second)]
+
+    records = fit(tmp_path, Turns(several), LRMonitor(), max_steps=1)
+    assert records.all == [(1, {"warmup/head-1": 0.1, "warmup/head": 0.2, "warmup/head-2": 0.3, "warmup-1": 0.4})]
+
+
+def test_a_group_that_is_added_while_training_is_logged_from_then_on(tmp_path: Any) -> None:
+    class Adds:
+        @hookimpl
+        def on_train_batch_end(self, run: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                run.optimizers[0].add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.7})
+
+    records = fit(tmp_path, Net(lambda module: SGD(module.parameters(), lr=0.1)), LRMonitor(), Adds(), max_epochs=1)
+    both = {"lr-SGD/pg1": 0.1, "lr-SGD/pg2": 0.7}
+    assert records.all == [(1, {"lr-SGD": 0.1}), (2, {"lr-SGD": 0.1}), (3, both), (4, both)]
 
 
 def test_a_rate_that_is_a_tensor_is_copied(tmp_path: Any) -> None:

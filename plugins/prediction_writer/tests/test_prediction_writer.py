@@ -110,6 +110,12 @@ FORMS: dict[str, tuple[Any, Any]] = {
     "a named tuple": (lambda x: Pair(x, 2.5), lambda x: (x, 2.5)),
     "another mapping": (lambda x: OrderedDict(a=x), lambda x: {"a": x}),
     "arrays": (lambda x: {"a": x.numpy(), "n": numpy.float32(1.5), "b": numpy.bool_(True)}, lambda x: {"a": x, "n": 1.5, "b": True}),
+    "an array that is reversed": (lambda x: x.numpy()[::-1], lambda x: x.flip(0)),
+    "an array that may not be written to": (lambda x: numpy.frombuffer(x.numpy().tobytes(), "f4"), lambda x: x.flatten()),
+    "an array in the other byte order": (lambda x: x.numpy().astype(">f4"), lambda x: x),
+    "keys of numpy": (lambda x: {numpy.int64(3): x, (1, numpy.str_("a")): None}, lambda x: {3: x, (1, "a"): None}),
+    "a complex number": (lambda x: [1j, numpy.complex64(2j)], lambda x: [1j, 2j]),
+    "empty": (lambda x: {"a": [], "b": {}, "c": x[:0]}, lambda x: {"a": [], "b": {}, "c": x[:0]}),
     "with a graph": (lambda x: x.requires_grad_(), lambda x: x),
     "a parameter": (lambda x: nn.Parameter(x), lambda x: x),
     "a subclass": (lambda x: x.as_subclass(Own), lambda x: x),
@@ -152,9 +158,31 @@ def test_what_is_changed_in_place_later_is_written_as_it_was(tmp_path: Path) -> 
     assert [record["predictions"].tolist() for record in load(folder / "rank0.pt")] == [[1, 1], [2, 2], [3, 3]]
 
 
-def test_what_has_no_plain_form_is_an_error_that_names_its_place(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"predictions.a.1 is a Net, which is not written; return tensors, numbers"):
-        predict(tmp_path, Net(lambda x: {"a": [x, Net()]}), loader(4), PredictionWriter())
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (lambda x: {"a": [x, Net()]}, r"predictions\.a\.1 is a Net, which is not written; return tensors, numbers"),
+        (lambda x: (i for i in range(3)), r"predictions is a generator, which is not written"),
+        (lambda x: {"a": numpy.array(["text"])}, r"predictions\.a is a ndarray, which is not written"),
+        (lambda x: numpy.array([1.0], numpy.longdouble), r"predictions is a ndarray, which is not written"),
+        (lambda x: [numpy.array([None])], r"predictions\.0 is a ndarray, which is not written"),
+        (lambda x: {"a": numpy.datetime64("2020-01-01")}, r"predictions\.a is a date, which is not written"),
+        (lambda x: numpy.longdouble(1), r"predictions is a longdouble, which is not written"),
+        (lambda x: {"a": {Path("b"): x}}, r"the key PosixPath\('b'\) of predictions\.a is a PosixPath, which is not written"),
+    ],
+)
+def test_what_has_no_plain_form_is_an_error_that_names_its_place(tmp_path: Path, form: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        predict(tmp_path, Net(form), loader(4), PredictionWriter())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+def test_sparse_tensors_are_written_to_pt_alone(tmp_path: Path) -> None:
+    kept, folder = predict(tmp_path, Net(lambda x: x.to_sparse()), loader(4), PredictionWriter())
+    found = load(folder / "rank0-loader0-batch000000.pt")["predictions"]
+    assert found.is_sparse and torch.equal(found.to_dense(), kept[0].to_dense())
+    with pytest.raises(TypeError, match="predictions is a Tensor, which safetensors cannot hold; write format='pt'"):
+        predict(tmp_path, Net(lambda x: x.to_sparse()), loader(4), PredictionWriter(format="safetensors"))
 
 
 def test_safetensors_have_tensors_under_their_path_and_the_record_beside(tmp_path: Path) -> None:
@@ -234,11 +262,16 @@ def test_earlier_predictions_are_an_error_unless_they_may_be_deleted(tmp_path: P
     other = tmp_path / "out" / "notes.txt"
     predict(tmp_path, Net(), loader(12), PredictionWriter(dir=tmp_path / "out"))
     other.write_text("mine")
+    own = [tmp_path / "out" / name for name in ("rank0-notes.txt", "rank0.pth", ".rank0.pt.tmp")]
+    for path in own:
+        path.write_text("mine")
+    left = tmp_path / "out" / ".rank0-loader0-batch000003.pt.123.tmp"
+    left.write_bytes(b"half")  # by a process that was killed
     with pytest.raises(FileExistsError, match="holds predictions already; give another dir, or overwrite=True to delete them"):
         predict(tmp_path, Net(), loader(4), PredictionWriter(dir=tmp_path / "out"))
-    assert len(names(tmp_path / "out")) == 4
+    assert len(names(tmp_path / "out")) == 4 + len(own) + 1
     predict(tmp_path, Net(), loader(4), PredictionWriter(dir=str(tmp_path / "out"), overwrite=True))
-    assert names(tmp_path / "out") == ["notes.txt", "rank0-loader0-batch000000.pt"]
+    assert names(tmp_path / "out") == sorted(["notes.txt", "rank0-loader0-batch000000.pt", *(path.name for path in own)])
 
 
 def test_a_prediction_that_fails_leaves_whole_files_alone(tmp_path: Path) -> None:

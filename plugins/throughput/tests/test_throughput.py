@@ -115,12 +115,21 @@ def test_a_window_begins_at_a_logging_step(tmp_path: Any, clock: Clock) -> None:
 
 def test_accumulated_batches_are_one_step(tmp_path: Any, clock: Clock) -> None:
     records = fit(tmp_path, Net(clock), batches(*[2] * 6), Throughput(), accumulate_grad_batches=2)
-    # the first batch alone is left out, in the middle of a window
-    assert records.all == [
-        (1, {"samples_per_sec": 2.0, "steps_per_sec": 1.0}),
-        (2, {"samples_per_sec": 2.0, "steps_per_sec": 2 / 3}),
-        (3, {"samples_per_sec": 2.0, "steps_per_sec": 3 / 5}),
-    ]
+    assert records.all == [(step, {"samples_per_sec": 2.0, "steps_per_sec": 0.5}) for step in (2, 3)]
+
+
+def test_a_step_of_manual_optimization_may_take_several_batches(tmp_path: Any, clock: Clock) -> None:
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if batch_idx % 3 == 2:
+                self.optimizers().step()
+
+    records = fit(tmp_path, Manual(clock), batches(*[2] * 9), Throughput(peak_flops=1.0))
+    rates = {"samples_per_sec": 2.0, "steps_per_sec": 1 / 3, "flops_per_sec": operations(2), "mfu": operations(2)}
+    assert records.all == [(step, pytest.approx(rates)) for step in (2, 3)]
 
 
 def test_waiting_for_data_counts(tmp_path: Any, clock: Clock) -> None:
@@ -150,6 +159,10 @@ def test_validation_and_what_is_between_epochs_are_no_training_time(tmp_path: An
         def on_train_epoch_end(self) -> None:
             clock.now += 20.0
 
+        @hookimpl
+        def on_train_epoch_start(self) -> None:
+            clock.now += 40.0
+
         @hookimpl(wrapper=True)
         def evaluate(self) -> Any:
             clock.now += 5.0
@@ -165,6 +178,7 @@ def test_validation_and_what_is_between_epochs_are_no_training_time(tmp_path: An
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
 def test_a_checkpoint_that_training_waits_for_is_no_training_time(tmp_path: Any, clock: Clock, hook: str) -> None:
     def ask(self: Any, run: Any) -> None:
+        clock.now += 50.0 if hook == "on_train_epoch_end" else 0.0
         run.save_checkpoint(tmp_path / "it.safetensors")
 
     def save(self: Any, path: Any) -> Any:
@@ -230,6 +244,19 @@ def test_tokens_are_counted(tmp_path: Any, clock: Clock, name: str) -> None:
     assert records.of("tokens_per_sec") == {2: counts[1], 3: sum(counts[1:3]) / 2, 4: sum(counts[1:]) / 3}
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bfloat16, torch.float16, torch.bool])
+def test_counts_of_few_bits_are_added_up_in_more(tmp_path: Any, clock: Clock, dtype: torch.dtype) -> None:
+    count = torch.tensor(200).to(dtype)  # 1 as a bool
+    records = fit(tmp_path, Net(clock), batches(*[2] * 800), Throughput(tokens=lambda batch: count), log_every_n_steps=400)
+    assert records.of("tokens_per_sec") == {400: float(count), 800: float(count)}
+
+
+def test_a_long_run_still_counts_single_tokens(tmp_path: Any, clock: Clock) -> None:
+    counts = iter([2.0**24, 2.0**24, 1.0, 1.0, 1.0])
+    records = fit(tmp_path, Net(clock), batches(*[2] * 5), Throughput(tokens=lambda batch: torch.tensor(next(counts)), window_size=1))
+    assert records.of("tokens_per_sec") == {2: 2.0**24, 3: 1.0, 4: 1.0, 5: 1.0}
+
+
 def test_tokens_in_a_tensor_are_read_at_logging_steps_alone(tmp_path: Any, clock: Clock) -> None:
     read: list[int] = []
     records = fit(tmp_path, Net(clock), batches(*[2] * 8), Throughput(tokens=lambda batch: _Sum(read)), log_every_n_steps=4)
@@ -285,7 +312,17 @@ def test_batches_without_a_size_count_as_equal(tmp_path: Any, clock: Clock) -> N
 
 def test_operations_of_a_window_of_several_batches(tmp_path: Any, clock: Clock) -> None:
     records = fit(tmp_path, Net(clock), batches(*[4] * 6), Throughput(peak_flops=1e3), accumulate_grad_batches=3)
-    assert records.of("flops_per_sec") == pytest.approx({1: operations(4), 2: operations(4)})
+    assert records.of("flops_per_sec") == pytest.approx({2: operations(4)})
+
+
+def test_a_first_batch_that_is_skipped_is_not_the_measure(tmp_path: Any, clock: Clock) -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx > 1 else None
+
+    records = fit(tmp_path, Skips(clock), batches(*[4] * 5), Throughput(peak_flops=1.0))
+    assert records.of("mfu") == pytest.approx({2: operations(4), 3: operations(4)})
 
 
 def test_a_module_without_operations_that_can_be_counted_logs_no_mfu_and_says_so(tmp_path: Any, clock: Clock, caplog: Any) -> None:
@@ -319,11 +356,12 @@ def test_counting_ends_with_the_first_batch_also_when_it_fails(tmp_path: Any) ->
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes  # torch has no public way to ask
 
     during: list[list[int]] = []
+    fails: list[bool] = []
 
     class Fails(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             during[-1].append(len(modes()))
-            if len(during) == 2:
+            if fails:
                 raise ZeroDivisionError("in the first batch")
             return super().training_step(batch, batch_idx)
 
@@ -331,6 +369,10 @@ def test_counting_ends_with_the_first_batch_also_when_it_fails(tmp_path: Any) ->
     fit(tmp_path, Fails(), batches(2, 2, 2), Throughput(peak_flops=1.0))
     assert during == [[1, 0, 0]] and modes() == []
     during.append([])
+    fit(tmp_path, Fails(), batches(2, 2), Throughput())  # nothing is counted without peak_flops
+    assert during.pop() == [0, 0]
+    during.append([])
+    fails.append(True)
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, Fails(), batches(2, 2, 2), Throughput(peak_flops=1.0))
     assert during[1] == [1] and modes() == []
@@ -347,12 +389,42 @@ def test_a_second_fit_and_a_run_that_goes_on_measure_anew(tmp_path: Any, clock: 
         def on_train_batch_end(self, run: Any) -> None:
             run.save_checkpoint(tmp_path / f"{run.position.step}.safetensors")
 
-    fit(tmp_path, Net(clock), batches(*[2] * 6), Saves(), Throughput())
+    class Waits(Saves):
+        @hookimpl
+        def save_checkpoint(self, path: Any) -> Any:
+            clock.now += 30.0
+            return path
+
+    fit(tmp_path, Net(clock), batches(*[2] * 6), Saves(), plugin)
     clock.now += 1000.0
     records = Records()
-    trainer = Trainer(max_epochs=1, log_every_n_steps=1, root_dir=tmp_path, plugins=[Throughput(), records])
+    trainer = Trainer(max_epochs=1, log_every_n_steps=1, root_dir=tmp_path, plugins=[plugin, Waits(), records])
     trainer.fit(Net(clock, lambda i: 5.0), batches(*[2] * 6), ckpt_path=tmp_path / "3.safetensors")
     assert records.of("samples_per_sec") == {5: 0.4, 6: 0.4}
+
+
+def test_what_a_cuda_device_still_has_to_do_counts(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    device, plugin = torch.device("cuda", 1), Throughput()
+
+    def wait(asked: Any) -> None:
+        clock.now += 5.0 if asked == device else 100.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    run: Any = SimpleNamespace(device=device, position=SimpleNamespace(step=0, micro_step=0, samples=0), logged={})
+    run.options, run.log = SimpleNamespace(log_every_n_steps=1), run.logged.__setitem__
+    plugin.on_train_start(run)
+    for step in (1, 2):
+        clock.now += 3.0
+        run.position.step, run.position.samples = step, 16 * step
+        plugin.on_train_batch_end(run, None, None)
+    assert run.logged == {"throughput/samples_per_sec": 2.0, "throughput/steps_per_sec": 1 / 8}
+    plugin.on_train_epoch_end(run)  # 5 s of training are still to be done
+    for _ in plugin.on_train_epoch_start():
+        clock.now += 1000.0
+    clock.now += 3.0
+    run.position.step, run.position.samples = 3, 48
+    plugin.on_train_batch_end(run, None, None)
+    assert run.logged["throughput/samples_per_sec"] == 32 / (8 + 5 + 8)
 
 
 def test_on_a_real_clock_it_is_about_the_time_that_steps_take(tmp_path: Any) -> None:
