@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-__all__ = ["DataModule", "batch_size", "length", "limited", "move"]
+__all__ = ["DataModule", "batch_size", "length", "limited", "map_batch", "move"]
 
 LOADERS = {
     "train": "train_dataloader",
@@ -118,23 +118,34 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> 
 
     Lists, tuples, named tuples, mappings and dataclasses are gone through; an object with a ``to`` method is asked.
     """
-    if isinstance(batch, Tensor):
-        kind = dtype if batch.is_floating_point() else None
-        return batch.to(device, kind, non_blocking=True)
-    if hasattr(batch, "to"):  # before the containers, which a packed sequence or an encoding is too
-        return batch.to(device)
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(device, dtype if part.is_floating_point() else None, non_blocking=True)
+        return part.to(device)
+
+    return map_batch(moved, batch)
+
+
+def map_batch(change: Callable[[Any], Any], batch: Any) -> Any:
+    """``batch`` with ``change(part)`` in the place of every tensor inside it, and of every object with a ``to`` method.
+
+    Lists, tuples, named tuples, mappings and dataclasses are gone through; anything else stays.
+    """
+    if isinstance(batch, Tensor) or hasattr(batch, "to"):  # before the containers, which a packed sequence or an encoding is too
+        return change(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(part, device, dtype) for part in batch))
+        return type(batch)(*(map_batch(change, part) for part in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)([move(part, device, dtype) for part in batch])
+        return type(batch)([map_batch(change, part) for part in batch])
     if isinstance(batch, MutableMapping):
-        moved = copy.copy(batch)
+        changed = copy.copy(batch)
         for key, part in batch.items():
-            moved[key] = move(part, device, dtype)
-        return moved
+            changed[key] = map_batch(change, part)
+        return changed
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         clone = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            object.__setattr__(clone, field.name, move(getattr(batch, field.name), device, dtype))  # frozen ones too
+            object.__setattr__(clone, field.name, map_batch(change, getattr(batch, field.name)))  # frozen ones too
         return clone
     return batch
