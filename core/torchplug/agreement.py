@@ -89,7 +89,8 @@ class Agreement:
             if not run.hooks.reduce(run, more, "min").item():
                 left = [rank for rank, has in enumerate(self.gather(batch is not end)) if has]
                 if left:
-                    run.say_once(f"ranks {', '.join(map(str, left))} had more training batches than the others: the epoch ends without them")
+                    who = ", ".join(map(str, left))
+                    run.say_once(f"ranks {who} had more training batches than the others: the epoch ends without them")
                 return
             yield batch
             batch = None

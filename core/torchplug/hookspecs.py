@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from torchplug.launching import Task
     from torchplug.optimizers import Scheduler
     from torchplug.run import Run
 
@@ -96,11 +97,11 @@ class Hooks:
     # ------------------------------------------------------------------ the start of a run
 
     @operation
-    def launch(self, run: Run, main: Callable[[], Any]) -> Any:
+    def launch(self, run: Run, main: Task) -> Any:
         """Once, first of all: run ``main()`` here, or in other processes.
 
-        A strategy answers with what ``main()`` returned. ``main`` is a `torchplug.launching.Task`: it can be pickled, sent to other
-        processes and called there, and brings back what came of it. ``None``: core calls ``main()`` in this process. Since 0.1.
+        A strategy answers with the `torchplug.launching.Done` that ``main()`` gave. ``main`` can be pickled and called in another
+        process, and brings back what came of it. ``None``: core calls ``main()`` in this process. Since 0.1.
         """
 
     @operation

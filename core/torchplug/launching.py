@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from torchplug.run import Run
 from torchplug.seed import generator_state, restore_generators
 
 if TYPE_CHECKING:
     from torchplug.module import Module
     from torchplug.trainer import Trainer
 
-__all__ = ["Call", "Task"]
+__all__ = ["Call", "Done", "Task"]
 
 FIELDS = ("id", "dir", "best_path", "last_path", "ended", "stop_reason", "stopped_by", "interrupted", "resumed", "report")
 
@@ -47,8 +48,15 @@ class Call:
 
 
 @dataclass
+class Done:
+    """What a run returned; None may be what it returned, and is no answer to an operation."""
+
+    result: Any
+
+
+@dataclass
 class Task:
-    """A run, as the operation ``launch`` gets it: calling it does the run in this process.
+    """A run, as the operation ``launch`` gets it: calling it does the run in this process, and gives a `Done`.
 
     A strategy that has other processes do it pickles it: the copy there knows trainer, plugins, module, data and random generators,
     and does the same run. A process that was forked calls the task itself. In either, `outcome` writes what came of it into a file,
@@ -57,26 +65,26 @@ class Task:
 
     trainer: Trainer
     call: Call
-    here: Callable[[], Any] | None = None
+    here: Callable[[], Done] | None = None
     generators: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Done:
         if self.here is not None:
             return self.here()
         restore_generators(self.generators)
-        return self.trainer.do(self.call)
+        return Done(self.trainer.do(self.call))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "here": None, "generators": generator_state()}
 
-    def outcome(self, path: Path, result: Any) -> None:
+    def outcome(self, path: Path, done: Done) -> None:
         """Writes what the waiting process gets to see of the run; what cannot be pickled stays, and is named there."""
         run = self.trainer.run
         assert run is not None
         lost: list[str] = []
         attributes = {name: value for name, value in vars(run.module).items() if name not in INNER}
         content = {
-            "result": _packed({"result": result}, run.work, lost),
+            "result": _packed({"result": done.result}, run.work, lost),
             "module": run.module.state_dict(),
             "attributes": _packed(attributes, type(run.module).__name__, lost),
             "plugins": {name: _packed(vars(each), name, lost) for name, each in run.plugins.items() if hasattr(each, "__dict__")},
@@ -89,8 +97,8 @@ class Task:
         }
         torch.save(content, path)
 
-    def take(self, path: Path) -> Any:
-        """Puts what `outcome` wrote into module, plugins, run and trainer of this process; returns the result."""
+    def take(self, path: Path) -> Done:
+        """Puts what `outcome` wrote into module, plugins, run and trainer of this process."""
         content = torch.load(path, map_location="cpu", weights_only=False)  # a file of our own, written a moment ago
         run = self.trainer.run
         assert run is not None
@@ -106,7 +114,7 @@ class Task:
         restore_generators(content["generators"])
         if content["lost"]:
             run.say_once(f"stayed in the processes that did the run, as it cannot be pickled: {', '.join(content['lost'])}", logging.INFO)
-        return _unpacked(content["result"]).get("result")
+        return Done(_unpacked(content["result"]).get("result"))
 
 
 INNER = {*vars(nn.Module()), "_run"}  # what a module consists of, beside its attributes
@@ -116,6 +124,8 @@ def _packed(values: Mapping[str, Any], owner: str, lost: list[str]) -> dict[str,
     """Each value by itself, as one that cannot be pickled must not take the others with it."""
     packed = {}
     for name, value in values.items():
+        if isinstance(value, (Run, nn.Module)):  # the waiting process has its own
+            continue
         buffer = io.BytesIO()
         try:
             torch.save(value, buffer)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchplug.blame import also, blame, note_place
-from torchplug.data import IN_WORDS, batch_size
+from torchplug.data import IN_WORDS, batch_size, move
 from torchplug.loaders import begin, close, set_working, working
 from torchplug.loss import LossWatch, explain_backward, loss_of
 from torchplug.optimizers import only
@@ -378,6 +378,10 @@ def predict(run: Run, hooks: Hooks, keep: bool) -> list[list[Any]] | None:
     """One pass over the loaders to predict for; what ``predict_step`` returned, batch by batch, if it is to be kept."""
     kept: list[list[Any]] | None = [[] for _ in run.loaders["predict"]] if keep else None
     _one_pass(run, hooks, "predict", kept)
+    if kept is not None and run.agreement is not None:  # batches were dealt out in turn
+        ranks, none = run.agreement.gather(move(kept, torch.device("cpu"))), object()
+        turns = [zip_longest(*parts, fillvalue=none) for parts in zip(*ranks, strict=True)]
+        return [[batch for batch in chain.from_iterable(each) if batch is not none] for each in turns]
     return kept
 
 
@@ -405,7 +409,7 @@ def _one_pass(run: Run, hooks: Hooks, stage: str, kept: list[list[Any]] | None) 
                 count += 1
                 if count % every == 0 and stage != "sanity":
                     _record(run, hooks, metrics.step_record())
-            if count == 0:
+            if count == 0 and run.agreement is None:
                 raise ValueError(f"the {IN_WORDS[stage]} loader {dataloader_idx} gave no batch; is its data set empty, or used up?")
         results = metrics.finish()
         on.epoch_end(run)

@@ -15,6 +15,7 @@ from torchplug import checkpoint, loop
 from torchplug.blame import add_note
 from torchplug.data import move
 from torchplug.hookspecs import Hooks, hookimpl
+from torchplug.launching import Done, Task
 from torchplug.metrics import MissingMetric
 from torchplug.module import STEPS, Module
 from torchplug.optimizers import Scheduler
@@ -46,7 +47,7 @@ class Operations:
     # ------------------------------------------------------------------ start
 
     @hookimpl
-    def launch(self, run: Run, main: Callable[[], Any]) -> Any:
+    def launch(self, main: Task) -> Done:
         return main()
 
     @hookimpl

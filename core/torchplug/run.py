@@ -196,12 +196,15 @@ class Run:
         for name in ("epoch", "batch", "step", "micro_step", "samples"):
             setattr(self.position, name, state["position"][name])
 
-    def traces(self) -> Run:
-        """What a later run of the same module goes on from, without anything that cannot be pickled."""
-        kept = Run(options=Settings(), module=self.module, work=self.work)
-        kept.go_on_from(self)
-        kept.ended = self.ended
-        return kept
+    def __getstate__(self) -> dict[str, Any]:
+        """A run that is pickled, or copied, is what a later run of the same module can go on from."""
+        names = ("module", "work", "id", "dir", "position", "ended", "best_path", "last_path", "_started")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Run.__init__(self, options=Settings(), module=state["module"])
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @property
     def seconds(self) -> float:

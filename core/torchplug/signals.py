@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class _Watch:
         self.run, self.process, self.watched = run, os.getpid(), _watched()
         self.earlier: dict[int, Any] = {}
         self.raised: BaseException | None = None
-        self._pressed = self._over = False
+        self._pressed = 0.0  # when Ctrl-C came first
+        self._over = False
 
     def begin(self, name: str) -> None:
         """Takes a signal, unless there is none of this name, it is ignored, or its handler is not of Python and could not be put back."""
@@ -103,12 +105,13 @@ class _Watch:
         if self._over or os.getpid() != self.process:
             _as_before(number, frame, earlier)
             return
-        if number == signal.SIGINT and self._pressed:
+        if number == signal.SIGINT and self._pressed and not self._echo():
             if not callable(earlier):
                 raise KeyboardInterrupt
             earlier(number, frame)
             return
-        self._pressed |= number == signal.SIGINT
+        if number == signal.SIGINT:
+            self._pressed = self._pressed or time.monotonic()
         first = not self.run.asked_to_end
         if first:
             self.run.interrupt(signal.Signals(number).name)
@@ -118,6 +121,10 @@ class _Watch:
             except BaseException as error:
                 if first:
                     self.raised = error.with_traceback(None)
+
+    def _echo(self) -> bool:
+        """Whether this is the first Ctrl-C once more: a terminal sends it to all ranks, and so does who started them."""
+        return self.run.world_size > 1 and time.monotonic() - self._pressed < 1.0
 
 
 def _as_before(number: int, frame: FrameType | None, earlier: Any) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ import torch
 from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
 from torchplug.dispatch import dispatch, register, watch
-from torchplug.launching import Call, Task
+from torchplug.launching import Call, Done, Task
 from torchplug.loaders import close
 from torchplug.matching import Choice
 from torchplug.members import Member, PluginError
@@ -275,7 +275,7 @@ class Trainer(Settings):
         """The run between launch and tear-down; where launching itself fails, everybody is torn down too."""
         begun = False
 
-        def here() -> Any:
+        def here() -> Done:
             nonlocal begun
             begun = True
             signals = watching(run, run.options.signals) if run.work == "fit" else nullcontext()
@@ -284,10 +284,10 @@ class Trainer(Settings):
                 with self._directory(run):
                     result = loop.conduct(run, run.hooks, members, lambda: self._inside(run, call, start))
                     self._report(run)
-            return result
+            return Done(result)
 
         try:
-            return run.hooks.launch(run, Task(self, call, here))
+            return run.hooks.launch(run, Task(self, call, here)).result
         except BaseException as error:
             blame(error, members, run.rank)
             if begun:
@@ -328,10 +328,9 @@ class Trainer(Settings):
     # ------------------------------------------------------------------ in other processes, and back
 
     def __getstate__(self) -> dict[str, Any]:
-        """Options, plugins as they are, and where an earlier fit was; not the runs themselves."""
+        """Options, plugins as they are, and what a run after an earlier fit goes on from."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        earlier = None if self._fitted is None else self._fitted.traces()  # what a run after it goes on from
-        return {**fields, "plugins": [{member.name: member.plugin} for member in self._members], "earlier": earlier}
+        return {**fields, "plugins": [{member.name: member.plugin} for member in self._members], "earlier": self._fitted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         earlier = state.pop("earlier")

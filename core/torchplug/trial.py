@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -122,7 +123,10 @@ class Trial:
             position.batch, position.micro_step = position.batch + 1, position.micro_step + 1
             hooks.on_train_batch_end(run, outputs, batch, position.batch - 1)
             batch = outputs = None  # nothing is held while the next one is fetched
-        return torch.stack(losses).mean().item() if losses else float("nan")
+        mean = torch.stack(losses).mean().item() if losses else float("nan")
+        if run.agreement is not None:  # what is decided by it is decided by all ranks
+            mean = math.fsum(run.agreement.gather(mean)) / run.world_size
+        return mean
 
     def batches(self) -> Iterator[Any]:
         """The batches of one epoch, on the device, for who does something else with them than train."""

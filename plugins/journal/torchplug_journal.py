@@ -87,7 +87,7 @@ class Journal:
 
     def _write(self, run: Run, event: str, stage: str, epoch: int, step: int, samples: int, body: str) -> None:
         """What is recorded before ``on_run_start`` opens the file, what comes after the end closes it again."""
-        if run.rank != 0:
+        if run.rank != 0 or run.dir == Path():  # a run that could not be launched has no folder
             return
         file = self._file or self._open(run)
         if self._back is not None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchplug import PluginError, Trainer
 from torchplug_standard import plugins
@@ -19,10 +20,20 @@ def project():
     return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
-def test_the_list_names_exactly_the_plugins_that_the_package_depends_on():
+def test_the_list_names_exactly_the_plugins_that_the_package_depends_on_but_for_the_gpu_which_the_accelerator_names():
     needed = project()["dependencies"]
     assert needed[0] == "torchplug>=0.1,<0.2"
-    assert needed[1:] == [f"torchplug-{name.replace('_', '-')}>=0.1,<0.2" for name in plugins]
+    assert needed[1:] == [f"torchplug-{name.replace('_', '-')}>=0.1,<0.2" for name in (*plugins, "gpu")]
+
+
+@pytest.mark.parametrize("named", [None, ["standard"]])
+def test_where_a_gpu_is_there_a_trainer_uses_it_unless_it_is_told_otherwise(named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert list(Trainer(max_epochs=1, plugins=named).enabled) == ["gpu", *plugins]
+    assert list(Trainer(max_epochs=1, plugins=named, accelerator="cpu").enabled) == plugins
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert list(Trainer(max_epochs=1, plugins=named).enabled) == plugins
 
 
 def test_the_entry_point_is_the_list():
