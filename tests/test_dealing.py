@@ -151,10 +151,11 @@ class Endless(Sampler):
     """Does not say how long it is: draws as it goes, from a global generator and from one that it keeps."""
 
     def __init__(self, samples: int = 1000) -> None:
-        self.samples, self.own = samples, random.Random(1)
+        self.samples, self.own, self.given = samples, random.Random(1), 0
 
     def __iter__(self) -> Iterator[int]:
         for _ in range(self.samples):
+            self.given += 1
             yield int(torch.randint(1000, ())) + 1000 * self.own.randrange(1000)
 
 
@@ -221,6 +222,10 @@ class Pairs(Sampler):
 
 def own(number: int = 6) -> torch.Generator:
     return torch.Generator().manual_seed(number)
+
+
+def numbers_of(samples: list[Tensor]) -> Tensor:
+    return torch.stack(samples).flatten()
 
 
 WEIGHTS = [0.1 + i for i in range(SAMPLES)]
@@ -369,8 +374,20 @@ def test_what_is_preserved_with_a_loader_is_preserved_with_its_part(stage: str) 
     assert same(sampler.generator.get_state(), before)
 
 
-def test_a_generator_of_a_sampler_that_begins_elsewhere_on_each_rank_is_put_to_that_of_rank_0() -> None:
-    ranks = on_ranks(2, lambda: DataLoader(Numbers(), 2, sampler=Unlike()), lambda loader, rank: epochs(loader))
+def elsewhere() -> RandomSampler:
+    return RandomSampler(range(SAMPLES), generator=own(random.randrange(10**9)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(Numbers(), 2, sampler=Unlike()),
+        lambda: DataLoader(Numbers(), 2, sampler=elsewhere()),
+        lambda: DataLoader(Numbers(), 2, sampler=BatchSampler(BatchSampler(elsewhere(), 1, False), 1, False), collate_fn=numbers_of),
+    ],
+)
+def test_a_generator_of_a_sampler_that_begins_elsewhere_on_each_rank_is_put_to_that_of_rank_0(make: Any) -> None:
+    ranks = on_ranks(2, make, lambda loader, rank: epochs(loader))
     for epoch in range(2):
         assert sorted(chain(*counted([found[epoch] for found in ranks]))) == list(range(SAMPLES))
     assert ranks[0][0] != ranks[0][1]
@@ -406,6 +423,13 @@ def test_a_sampler_that_does_not_say_how_long_it_is_is_drawn_from_bit_by_bit() -
     seed(5)
     assert list(chain(*counted([found[0] for found in ranks]))) == [plain(each) for each in chain(*make())]
     assert ranks[0][0] != ranks[0][1]
+    loader = dealt(make(), "train", 0, 2, Line().of(0))
+    batches, state = iter(loader), None
+    for number, _ in enumerate(batches):
+        if number == 0:
+            assert 0 < loader.sampler.given < 500
+            state = generator_state()
+    assert loader.sampler.given == 1000 and same(generator_state(), state)  # what is drawn later moves nobody's generators
 
 
 # ---------------------------------------------------------------------- batches that are made elsewhere
@@ -549,6 +573,8 @@ def test_of_batches_by_number_only_the_own_ones_are_made() -> None:
 @pytest.mark.parametrize("make", [lambda: Unsized(5), lambda: Resumable(5), lambda: iter(Unsized(5))], ids=["unsized", "state", "iterator"])
 def test_of_batches_whose_number_nobody_knows_every_second_one_is_taken(make: Any) -> None:
     ranks = on_ranks(2, make, lambda loader, rank: epochs(loader, 1)[0])
+    if hasattr(make(), "__len__"):
+        assert [len(dealt(make(), "train", rank, 2, Line().of(rank))) for rank in range(2)] == [3, 2]
     assert [[(batch[0], share) for batch, share in found] for found in ranks] == [[(0, 1.0), (2, 1.0), (4, 1.0)], [(1, 1.0), (3, 1.0)]]
 
 

@@ -185,7 +185,7 @@ class Dealt(Sampler[Any]):
                 share = ranks.share([_samples(part) for part in parts])
                 if share != 1.0:
                     self.shares[number] = share
-                yield parts[ranks.rank] if share else parts[0][:1] if self.size else parts[0]
+                yield parts[ranks.rank] if share else parts[0]
 
     def _evenly(self, samples: list[Any]) -> list[list[Any]]:
         """As many parts as there are ranks; the first one has a sample in any case."""

@@ -338,14 +338,15 @@ def rebatched(loader: Any, size: int) -> Any:
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"the batches of a {type(loader).__name__} cannot be made larger or smaller: give a DataLoader with batch_size=")
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        why = (
-            "has batch_size=None" if loader.batch_sampler is None else f"has its own batch_sampler ({type(loader.batch_sampler).__name__})"
-        )
+    over = getattr(type(loader.batch_sampler), "over", None)  # one that gives a part of what another one does, see `dealing`
+    made: Any = loader.batch_sampler
+    own = made if over is None else made.sampler
+    if loader.batch_size is None or type(own) is not BatchSampler:
+        why = "has batch_size=None" if own is None else f"has its own batch_sampler ({type(own).__name__})"
         raise TypeError(f"the batches of a DataLoader that {why} cannot be made larger or smaller: give one with batch_size=")
-    clone = copy.copy(loader)
+    clone, batches = copy.copy(loader), BatchSampler(loader.sampler, size, loader.drop_last)
     # as in `_copied`: a loader that was made does not let them be set
-    vars(clone).update(batch_size=size, batch_sampler=BatchSampler(loader.sampler, size, loader.drop_last), _iterator=None)
+    vars(clone).update(batch_size=size, batch_sampler=batches if over is None else over(loader.batch_sampler, batches), _iterator=None)
     return clone
 
 
@@ -399,6 +400,8 @@ def begin(loader: Any, *place: int) -> Iterator[Any]:
             generator = torch.Generator()
             generator.set_state(loader.generator.get_state() if loader.generator is not None else torch.get_rng_state())
             drawn = torch.empty((), dtype=torch.int64).random_(generator=generator)  # what the loader is about to draw for its workers
+            rank = getattr(getattr(indices.inner, "ranks", None), "rank", 0)  # of data that were dealt out: each rank draws its own
+            place = (*place, rank) if rank else place
             indices.seed = int.from_bytes(_mixed(int(drawn), *place)[:8], "little")
     attributes = getattr(loader, "__dict__", {})
     exactly = WORKING in attributes  # a loader that `exact` gave

@@ -205,6 +205,8 @@ def _set_limits(run: Run) -> None:
     for stage, loaders in run.loaders.items():
         name = LIMIT_OF[stage]
         run.limits[stage] = [limited(name, length(loader), getattr(options, name)) for loader in loaders]
+        if run.agreement is not None:  # a rank without batches asks for one all the same, as the others do
+            run.limits[stage] = [None if limit is None else max(limit, 1) for limit in run.limits[stage]]
     if "train" in run.loaders:
         run.num_batches = run.limits["train"][0] if length(run.loaders["train"][0]) is not None else None
     for stage, limits in run.limits.items():

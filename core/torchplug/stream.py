@@ -143,7 +143,8 @@ class Stream:
             ahead = list(islice(source, drawn - seen))
             if state["exhausted"]:
                 ahead += islice(source, 1)
-            if not self.samplers or attempt == 2 or alike([each.state_dict() for each in self.samplers], state["samplers"]):
+            there = passed == seen and alike([each.state_dict() for each in self.samplers], state["samplers"])
+            if there or not self.samplers or attempt == 2:
                 break
             self._put({**begun, "samplers": state["start"]["samplers"]})
             if attempt == 0:
