@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from torchplug import checkpoint
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs iproute2, and root to make network namespaces"),
 ]
 
-SCRIPT = '''
+SCRIPT = """
 import os, sys, time
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchplug import Module, Trainer, checkpoint, seed_everything
+from torchplug import Module, Trainer, seed_everything
 
 torch.set_num_threads(1)
 STEPS, ROOT, PAUSE = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -62,7 +65,7 @@ if __name__ == "__main__":
     )
     trainer.fit(Net(), DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4, shuffle=True), ckpt_path="last")
     print("done at step", trainer.run.position.step, flush=True)
-'''
+"""
 
 
 def ip(*words: str) -> None:
@@ -103,8 +106,9 @@ class Hosts:
         for i in range(2):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{i}"}
             command = [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={name}",
-                "--rdzv-endpoint=10.77.0.1:29500", f"--local-addr=10.77.0.{i + 1}", str(self.script), str(steps), str(self.folder / "runs"), str(pause),
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+                f"--rdzv-id={name}", "--rdzv-endpoint=10.77.0.1:29500", f"--local-addr=10.77.0.{i + 1}",
+                str(self.script), str(steps), str(self.folder / "runs"), str(pause),
             ]  # fmt: skip
             with (self.folder / f"{name}{i}.txt").open("w") as out:
                 started.append(self.inside(i, *command, stdout=out, stderr=subprocess.STDOUT, env=environment))
@@ -145,15 +149,11 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 
 def last(folder: Path) -> Any:
-    from torchplug import checkpoint
-
     (path,) = folder.glob("Net/version_0/checkpoints/last.safetensors")
     return checkpoint.load(path)
 
 
 def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_exactly(hosts: Hosts, tmp_path: Path) -> None:
-    import torch
-
     alone = [sys.executable, str(hosts.script), "20", str(tmp_path / "alone"), "0"]
     subprocess.run(alone, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
 
