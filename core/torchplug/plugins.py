@@ -18,7 +18,7 @@ from typing import Any
 from torchplug.members import Member, PluginError
 from torchplug.options import check_fields, closest, fields_of
 
-__all__ = ["Found", "build", "discover", "find", "installed", "order"]
+__all__ = ["Found", "build", "discover", "find", "installed", "mentioned", "order"]
 
 GROUP = "torchplug"
 BUNDLE = "standard"  # what Trainer() takes when no plugins are named
@@ -111,7 +111,7 @@ def build(named: Sequence[Any]) -> list[Member]:
         PluginError: a name, option or object that cannot be used.
     """
     catalogue = _Catalogue()
-    mentioned = _mentioned(named, catalogue)
+    directly = mentioned(named, catalogue)
     members: dict[str, Member] = {}
 
     def add(name: str, plugin: Any, found: Found | None) -> None:
@@ -137,7 +137,7 @@ def build(named: Sequence[Any]) -> list[Member]:
                     f"plugin {base!r} is a bundle of {', '.join(map(str, target))} and takes no options; name its plugins instead"
                 )
             for each in target:
-                if str(each) not in mentioned:
+                if str(each) not in directly:
                     add_any(each)
             return
         own = found.name + (f":{instance}" if instance else "")
@@ -181,8 +181,9 @@ def _require_object(plugin: Any) -> None:
         raise PluginError(f"plugins takes names, {{name: options}}, and objects with hooks, got {plugin!r}")
 
 
-def _mentioned(named: Sequence[Any], catalogue: _Catalogue) -> set[str]:
+def mentioned(named: Sequence[Any], catalogue: _Catalogue | None = None) -> set[str]:
     """The plugins that the user names directly, whatever their instances are called."""
+    catalogue = catalogue or _Catalogue()
     names: set[str] = set()
     for each in named:
         if isinstance(each, (str, Mapping)):

@@ -27,7 +27,7 @@ from torchplug.members import Member, PluginError
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
 from torchplug.operations import Operations
-from torchplug.plugins import BUNDLE, GPU, build, find, installed, order
+from torchplug.plugins import BUNDLE, GPU, build, find, installed, mentioned, order
 from torchplug.precision import ScaledAutocast, Unscaling, operations_for
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
 from torchplug.resume import Start, find_start, go_on_as, put_in_place
@@ -201,8 +201,8 @@ class Trainer(Settings):
             raise ValueError(
                 f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
             )
-        mentioned = {name for each in named for name in ([each] if isinstance(each, str) else each if isinstance(each, dict) else [])}
-        return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in mentioned] + list(named)
+        known = mentioned(named)
+        return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in known] + list(named)
 
     @staticmethod
     def _require(argument: str, name: str) -> None:
@@ -273,25 +273,34 @@ class Trainer(Settings):
 
     def _launched(self, run: Run, members: list[Member], call: Call) -> Any:
         """The run between launch and tear-down; where launching itself fails, everybody is torn down too."""
-        begun = False
+        begun, late = False, list[BaseException]()
 
         def here() -> Done:
             nonlocal begun
-            begun = True
+            begun, done = True, None
             signals = watching(run, run.options.signals) if run.work == "fit" else nullcontext()
-            with _spoken_by(run.rank), _torch_flags(run.options), signals:
-                start = self._start(run, members, call)
-                with self._directory(run):
-                    result = loop.conduct(run, run.hooks, members, lambda: self._inside(run, call, start))
-                    self._report(run)
-            return Done(result)
+            try:
+                with _spoken_by(run.rank), _torch_flags(run.options), signals:
+                    start = self._start(run, members, call)
+                    with self._directory(run):
+                        result = loop.conduct(run, run.hooks, members, lambda: self._inside(run, call, start))
+                        self._report(run)
+                    done = Done(result)
+            except BaseException as error:
+                if done is None:
+                    raise
+                late.append(error)  # of the program's own handler of a signal: it waits until ranks have parted
+            return done
 
         try:
-            return run.hooks.launch(run, Task(self, call, here)).result
+            result = run.hooks.launch(run, Task(self, call, here)).result
+            if late:
+                raise late.pop()
+            return result
         except BaseException as error:
-            blame(error, members, run.rank)
-            if begun:
+            if begun:  # what happened inside has its note already; that it happened inside of launch says nothing
                 raise
+            blame(error, members, run.rank)
             failure = error
 
         def fail() -> None:
@@ -425,7 +434,7 @@ class Trainer(Settings):
         self.metrics = run.metrics.results()
         if run.rank:
             return
-        if run.work in ("fit", "tune"):
+        if run.work == "fit":
             position, seconds = run.position, run.seconds
             logger.info(
                 "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)",
@@ -438,7 +447,7 @@ class Trainer(Settings):
             names = list(run.metrics.names)
             names[SHOWN:] = [f"and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
             logger.info("metrics recorded: %s", ", ".join(names) or "none; call self.log(name, value) in training_step")
-        elif run is not self._fitted and self._fitted is not None and run.dir == self._fitted.dir:
+        elif run.work != "tune" and run is not self._fitted and self._fitted is not None and run.dir == self._fitted.dir:
             return  # where everything is was said when the fit was over
         if not run.options.fast_dev_run:
             logger.info("run directory: %s", run.dir)

@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import errno
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,22 @@ from torchplug.data import batch_size
 from torchplug.loaders import again, begin, close, has_state, places_of, rebatched
 from torchplug.loss import loss_of
 from torchplug.run import Run
-from torchplug.seed import remembered
+from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
 from torchplug.state import metric_objects, sums
 from torchplug.stream import alike
 
-__all__ = ["Trial", "out_of_memory", "rebatched", "trial"]
+if TYPE_CHECKING:
+    from torchplug.trainer import Trainer
+
+__all__ = ["Trial", "apart", "out_of_memory", "rebatched", "trial"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# what a step is made of, and where it runs
+STEP = (
+    "launch", "setup_module", "prepare_loader", "move_batch", "train_batch", "train_step", "backward", "reduce_gradients",
+    "clip_gradients", "optimizer_step", "zero_grad", "evaluate", "validation_step",
+)  # fmt: skip
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, with the backend's name before it
     "_STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS and their HIP counterparts
@@ -45,13 +54,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def trial(run: Run) -> Iterator[Trial]:
+def trial(run: Run, alone: bool = False) -> Iterator[Trial]:
     """Inside, steps of training can be tried; on any way out everything that they changed is put back.
 
     That is the module with its buffers, gradients, modes and plain attributes, optimizers, schedulers, the loss scaler, the random
     generators, the place in the data, metrics, the fields of the run (requests to stop, options), and the state of plugins. What
     is taken lies in host memory. Plugins hear of no event inside; those that replace operations (precision, strategies) work
     as in training, and so do the hooks of the module and the data module.
+
+    Args:
+        alone: whether each of several ranks tries by itself: no gradients, orders of data or metrics are exchanged, so that one may
+            fail while the others go on. They meet again when the trial is over.
     """
     put_back = _taken(run)
     attempt = Trial(run)
@@ -60,7 +73,7 @@ def trial(run: Run) -> Iterator[Trial]:
             run.metrics.batches()
             run.hooks = run.quiet
             run.step_schedulers = []
-            run.position.stage, run.training = "train", False
+            run.position.stage, run.training, run.alone = "train", False, alone
             yield attempt
     finally:
         attempt.close()
@@ -68,6 +81,53 @@ def trial(run: Run) -> Iterator[Trial]:
         put_back()
         if interrupted:  # a signal that came inside is not undone
             run.interrupted, run.attention = interrupted, True
+
+
+@contextmanager
+def apart(trainer: Trainer, module: nn.Module, datamodule: Any, **finder: Any) -> Iterator[Trainer]:
+    """Inside, a trainer like ``trainer`` for trials that have no run of their own; afterwards no trace of them is left.
+
+    It has the plugins of ``trainer`` that answer an operation which a step is made of, and the one given as ``name=plugin``. What it
+    writes goes into a folder that vanishes; module, data module and plugins get the attributes back that they had, the module's
+    tensors their device and type, and the random generators their places.
+    """
+    ((name, own),) = finder.items()
+    taking_part = {
+        other: plugin
+        for other, plugin in trainer.enabled.items()
+        if type(plugin) is not type(own) and any(hasattr(getattr(plugin, each, None), "torchplug_impl") for each in STEP)
+    }
+    with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *taking_part.values(), datamodule):
+        plugins = [*({other: plugin} for other, plugin in taking_part.items()), {name: own}]
+        yield dataclasses.replace(trainer, root_dir=folder, plugins=plugins)
+
+
+@contextmanager
+def _as_before(module: nn.Module, *others: Any) -> Iterator[None]:
+    """Afterwards a module has the tensors, on the device and of the type, and everybody the attributes that they had before."""
+    kept = []
+    for owner in (*module.modules(), *others):
+        if hasattr(owner, "__dict__"):
+            inside = {name: copy.copy(value) for name, value in vars(owner).items() if isinstance(value, (list, dict, set))}
+            kept.append((owner, dict(vars(owner)), inside))
+    tensors = [
+        (p, p.device, p.dtype, p.data.to("cpu"), None if p.grad is None else p.grad.to("cpu", copy=True)) for p in module.parameters()
+    ]
+    try:
+        yield
+    finally:
+        for owner, attributes, inside in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+            for name, content in inside.items():
+                container = attributes[name]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        for parameter, device, dtype, data, gradient in tensors:
+            if (parameter.device, parameter.dtype) != (device, dtype):
+                parameter.grad = None  # it must have the type and place of its parameter
+                parameter.data = data.to(device)
+                parameter.grad = None if gradient is None else gradient.to(device)
 
 
 class Trial:

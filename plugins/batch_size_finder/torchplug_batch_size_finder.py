@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import difflib
 import gc
 import inspect
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Generator, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,19 +16,14 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchplug import Module, Run, Trainer, hookimpl, preserved
-from torchplug.trial import Trial, out_of_memory, rebatched, trial
+from torchplug import Module, Run, Trainer, hookimpl
+from torchplug.trial import Trial, apart, out_of_memory, rebatched, trial
 
 __all__ = ["BatchSize", "BatchSizeFinder", "scale_batch_size", "search"]
 
 UNKNOWN = 2**16  # the largest size that is tried where the data have no length
 PATIENCE = 30  # steps more than asked for, until each optimizer has stepped: a loss scaler finds its scale by skipping some
 EVALUATED = 2  # validation batches of each loader in a trial
-# what takes part in a step or in where it runs: plugins that answer one of these are in the trials of `scale_batch_size` too
-OPERATIONS = (
-    "launch", "setup_module", "prepare_loader", "move_batch", "train_batch", "train_step", "backward", "clip_gradients",
-    "optimizer_step", "zero_grad", "evaluate", "validation_step",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -320,7 +312,7 @@ class BatchSizeFinder:
         """The largest size with which the run can work at all."""
         options, limit = run.options, self.max
         for (stage, _), loader in self._loaders.items():
-            samples = _samples(loader)
+            samples = _samples(run, loader)
             if samples is None or (stage != "train" and not loader.drop_last):
                 continue
             fewest = 1  # batches that there must be
@@ -336,7 +328,7 @@ class BatchSizeFinder:
     def _try(self, run: Run, size: int, attribute: str | None, accumulate: int) -> str:
         """One trial: the message of the error that says that memory ran out, "" if it did not."""
         message = ""
-        with trial(run) as attempt, _unchanged(run, self):
+        with trial(run, alone=True) as attempt, _unchanged(run, self):
             self._choose(run, size, attribute)
             try:
                 self._steps(run, attempt, size, attribute, accumulate)
@@ -362,7 +354,7 @@ class BatchSizeFinder:
             raise ValueError(
                 f"{attribute}={size} has no effect: train_dataloader made a loader with batch_size={made}; let it use the attribute"
             )
-        samples = _samples(loader)
+        samples = _samples(run, loader)
         if samples is not None:  # no batch that is smaller than the others
             limit, full = run.limits["train"][0], max(samples // size, 1)
             run.limits["train"] = [full if limit is None else min(limit, full)]
@@ -372,7 +364,7 @@ class BatchSizeFinder:
             for index, optimizer in enumerate(run.optimizers):
                 stack.callback(optimizer.register_step_post_hook(partial(_note, seen, index)).remove)
             for number in range(1, self.steps_per_trial + PATIENCE + 1):
-                if run.interrupted:
+                if run.asked_to_end:
                     return
                 attempt.step()
                 stepped = [count + (index in seen) for index, count in enumerate(stepped)]
@@ -406,8 +398,8 @@ def _goes_on(run: Run) -> bool:
     return run.resumed is not None or run.position.micro_step > 0
 
 
-def _samples(loader: Any) -> int | None:
-    """How many samples an epoch has and no batch can exceed, None if nobody knows."""
+def _samples(run: Run, loader: Any) -> int | None:
+    """How many samples of an epoch fall to a rank, and no batch can exceed, None if nobody knows."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     counts = []
@@ -416,7 +408,7 @@ def _samples(loader: Any) -> int | None:
             counts.append(len(each))  # type: ignore[arg-type]
         except TypeError:
             continue
-    return min(counts, default=None)
+    return max(min(counts) // run.world_size, 1) if counts else None
 
 
 def _agreed(run: Run, message: str) -> str:
@@ -425,11 +417,9 @@ def _agreed(run: Run, message: str) -> str:
     Raises:
         _Interrupted: a signal came to one of them.
     """
-    outcome = 2 if run.interrupted else 1 if message else 0
+    outcome = 2 if run.asked_to_end else 1 if message else 0
     if run.world_size > 1:
-        worst = torch.tensor(outcome, device=run.device)
-        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-        outcome = int(worst.item())
+        outcome = int(run.hooks.reduce(run, torch.tensor([outcome]), "max").item())
     if outcome == 2:
         raise _Interrupted
     return message or ("another rank ran out of memory" if outcome else "")
@@ -572,16 +562,9 @@ def scale_batch_size(
         MemoryError: not even a batch of one sample has enough memory.
     """
     finder = BatchSizeFinder(**options)
-    taking_part = {
-        name: plugin
-        for name, plugin in trainer.enabled.items()
-        if not isinstance(plugin, BatchSizeFinder) and any(_answers(plugin, each) for each in OPERATIONS)
-    }
     if hasattr(train_dataloaders, "train_dataloader"):
         datamodule, train_dataloaders = train_dataloaders, None
-    with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *taking_part.values(), datamodule):
-        named = [{name: plugin} for name, plugin in taking_part.items()]
-        tuner = dataclasses.replace(trainer, root_dir=folder, plugins=[*named, {"batch_size_finder": finder}])
+    with apart(trainer, module, datamodule, batch_size_finder=finder) as tuner:
         tuner.tune(module, train_dataloaders, val_dataloaders, datamodule)
     found = finder.result
     if found is None:
@@ -589,34 +572,3 @@ def scale_batch_size(
     if found.attribute is not None:
         _set([each for each in (datamodule, module) if each is not None], found.attribute, found.size)
     return found
-
-
-def _answers(plugin: Any, operation: str) -> bool:
-    return hasattr(getattr(plugin, operation, None), "torchplug_impl")
-
-
-@contextmanager
-def _as_before(module: Module, *others: Any) -> Iterator[None]:
-    """Afterwards a module has the tensors, on the device and of the type, and everybody the attributes that they had before."""
-    kept = []
-    for owner in (*module.modules(), *others):
-        if hasattr(owner, "__dict__"):
-            inside = {name: copy.copy(value) for name, value in vars(owner).items() if isinstance(value, (list, dict, set))}
-            kept.append((owner, dict(vars(owner)), inside))
-    tensors = [
-        (p, p.device, p.dtype, p.data.to("cpu"), None if p.grad is None else p.grad.to("cpu", copy=True)) for p in module.parameters()
-    ]
-    try:
-        yield
-    finally:
-        for owner, attributes, inside in kept:
-            _restore(vars(owner), attributes)
-            for name, content in inside.items():
-                container = attributes[name]
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
-        for parameter, device, dtype, data, gradient in tensors:
-            if (parameter.device, parameter.dtype) != (device, dtype):
-                parameter.grad = None  # it must have the type and place of its parameter
-                parameter.data = data.to(device)
-                parameter.grad = None if gradient is None else gradient.to(device)

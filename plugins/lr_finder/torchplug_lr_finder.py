@@ -6,15 +6,12 @@ by the same factor each time. Nothing of the trial stays but the chosen rate.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
-from torchplug import Module, Run, Trainer, hookimpl, preserved
-from torchplug.trial import trial
+from torchplug import Module, Run, Trainer, hookimpl
+from torchplug.trial import apart, trial
 
 __all__ = ["LearningRateFinder", "RangeTest", "lr_find"]
 
@@ -32,11 +29,6 @@ ATTRIBUTES = ("lr", "learning_rate")
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as optimizers and schedulers keep them
 EARLY = 9  # steps whose mean is of too few losses to say anything
 SLIDE = 15  # points between the two places whose slopes are compared
-# what takes part in a step or in where it runs: plugins that answer one of these are in the test of `lr_find` too
-OPERATIONS = (
-    "launch", "setup_module", "prepare_loader", "move_batch", "train_batch", "train_step", "backward", "clip_gradients",
-    "optimizer_step", "zero_grad",
-)  # fmt: skip
 
 
 @dataclass
@@ -351,46 +343,10 @@ def lr_find(trainer: Trainer, module: Module, train_dataloaders: Any = None, dat
     finder._sets = False
     if hasattr(train_dataloaders, "train_dataloader"):
         datamodule, train_dataloaders = train_dataloaders, None
-    kept = {name: plugin for name, plugin in trainer.enabled.items() if any(_answers(plugin, each) for each in OPERATIONS)}
-    with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *kept.values(), datamodule):
-        named = [{name: plugin} for name, plugin in kept.items()]
-        dataclasses.replace(trainer, root_dir=folder, plugins=[*named, {"lr_finder": finder}]).tune(
-            module, train_dataloaders, datamodule=datamodule
-        )
+    with apart(trainer, module, datamodule, lr_finder=finder) as tuner:
+        tuner.tune(module, train_dataloaders, datamodule=datamodule)
     assert finder.result is not None
     return finder.result
-
-
-def _answers(plugin: Any, operation: str) -> bool:
-    return hasattr(getattr(plugin, operation, None), "torchplug_impl")
-
-
-@contextmanager
-def _as_before(module: Module, *others: Any) -> Iterator[None]:
-    """Afterwards a module has the tensors, on the device and of the type, and everybody the attributes that they had before."""
-    kept = []
-    for owner in (*module.modules(), *others):
-        if hasattr(owner, "__dict__"):
-            inside = {name: copy.copy(value) for name, value in vars(owner).items() if isinstance(value, (list, dict, set))}
-            kept.append((owner, dict(vars(owner)), inside))
-    tensors = [
-        (p, p.device, p.dtype, p.data.to("cpu"), None if p.grad is None else p.grad.to("cpu", copy=True)) for p in module.parameters()
-    ]
-    try:
-        yield
-    finally:
-        for owner, attributes, inside in kept:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-            for name, content in inside.items():
-                container = attributes[name]
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
-        for parameter, device, dtype, data, gradient in tensors:
-            if (parameter.device, parameter.dtype) != (device, dtype):
-                parameter.grad = None  # it must have the type and place of its parameter
-                parameter.data = data.to(device)
-                parameter.grad = None if gradient is None else gradient.to(device)
 
 
 # ---------------------------------------------------------------------- rates
