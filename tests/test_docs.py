@@ -1,8 +1,6 @@
 """What README and docs show is true: examples run, links lead somewhere, figures come from the benchmark."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(tmp_path):
+def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(tmp_path, programs):
     example, resume, plugin = blocks(ROOT / "README.md", "python")
     went_on = "\nassert trainer.run.position.epoch == 8 and trainer.run.dir.name == 'version_0', trainer.run\n"
     code = example + resume + went_on + plugin + "\nTrainer(max_epochs=3, plugins=[LossPrinter()]).fit(Line(), data)\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = programs.run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [line.split() for line in done.stdout.splitlines() if re.match(r"\d \d", line)]
     assert [row[0] for row in printed[-3:]] == ["0", "1", "2"]
@@ -27,11 +25,11 @@ def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(t
     assert (tmp_path / "runs/Line/version_0/checkpoints/last.safetensors").exists()
 
 
-def test_the_logger_that_the_docs_show_logs(tmp_path):
+def test_the_logger_that_the_docs_show_logs(tmp_path, programs):
     *_, logger = blocks(ROOT / "docs/loggers.md", "python")
     model = blocks(ROOT / "README.md", "python")[0].partition("trainer = ")[0]
     use = "\ntrainer = Trainer(max_epochs=2, plugins=[TextLogger()])\ntrainer.fit(Line(), data)\nprint(trainer.run.report['text_logger'])"
-    done = subprocess.run([sys.executable, "-c", model + logger + use], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = programs.run(model + logger + use, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = done.stdout.split()[-1]
     lines = (tmp_path / path).read_text().splitlines()

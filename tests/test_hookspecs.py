@@ -214,7 +214,8 @@ on_train_start
         on_train_batch_end:0
         move_batch  on_train_batch_start:1  train_batch:1
             train_step:1  on_before_backward  backward  on_after_backward
-            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step
+            on_before_zero_grad  zero_grad
         on_train_batch_end:1  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -225,7 +226,8 @@ on_train_start
         on_train_batch_end:2
         move_batch  on_train_batch_start:3  train_batch:3
             train_step:3  on_before_backward  backward  on_after_backward
-            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step
+            on_before_zero_grad  zero_grad
         on_train_batch_end:3  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -238,7 +240,8 @@ on_train_start
         on_train_batch_end:0
         move_batch  on_train_batch_start:1  train_batch:1
             train_step:1  on_before_backward  backward  on_after_backward
-            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step
+            on_before_zero_grad  zero_grad
         on_train_batch_end:1  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0
@@ -249,7 +252,8 @@ on_train_start
         on_train_batch_end:2
         move_batch  on_train_batch_start:3  train_batch:3
             train_step:3  on_before_backward  backward  on_after_backward
-            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step  on_before_zero_grad  zero_grad
+            reduce_gradients  on_before_optimizer_step  clip_gradients  optimizer_step  on_after_optimizer_step
+            on_before_zero_grad  zero_grad
         on_train_batch_end:3  log_metrics@train
         evaluate@validate  on_validation_start  on_validation_epoch_start
             move_batch  on_validation_batch_start:0/0  validation_step:0/0  on_validation_batch_end:0/0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hatchling.build import build_wheel
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(file.parent for file in (ROOT / "plugins").glob("*/pyproject.toml"))
@@ -99,11 +101,14 @@ PROGRAM = """
 
 
 def build(folder: Path, into: Path) -> Path:
-    """The wheel of the package in ``folder``."""
-    isolation = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolation, "--wheel-dir", str(into), str(folder))
-    (wheel,) = into.glob("*.whl")
-    return wheel
+    """The wheel of the package in ``folder``, by the call that pip makes in a process of its own."""
+    into.mkdir(exist_ok=True)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return into / build_wheel(str(into))
+    finally:
+        os.chdir(before)
 
 
 def _run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -272,6 +272,7 @@ def test_one_that_never_answers_costs_a_few_attempts_and_a_line_that_says_what_t
     assert kept.got == journal(dir_of(trainer)) and delivery.sent == len(kept.got)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("call", ["connect", "send", "finish"])
 def test_one_that_hangs_holds_the_run_up_for_no_longer_than_close_timeout(call: str, tmp_path: Path, caplog: Any) -> None:
     hangs = threading.Event()

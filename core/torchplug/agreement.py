@@ -30,7 +30,12 @@ class Agreement:
     def __init__(self, run: Run) -> None:
         self.run, self.seconds, self.signal, self.uneven = run, run.clock, "", False
         self._wish: tuple[str, str] | None = None
-        self._samples = run.position.samples  # of all ranks, up to the last exchange
+        self._samples: int | None = None  # of all ranks, up to the last exchange; None before training
+
+    def begin(self) -> None:
+        """Training begins, or goes on where an earlier run was: position and clock are those of all ranks from here on."""
+        self._samples = self.run.position.samples
+        self.reach(self.run)
 
     def wish(self, reason: str, plugin: str) -> None:
         """This rank wants training to end."""
@@ -48,22 +53,28 @@ class Agreement:
         """
         run, position = self.run, self.run.position
         number = int(getattr(signal, self.signal)) if self.signal else 0
-        key = zlib.crc32("\n".join(names).encode())
+        order = sorted(range(len(names)), key=names.__getitem__)  # ranks may log in another order
+        key = zlib.crc32("\n".join(names[i] for i in order).encode())
         own = torch.tensor([run.clock, self._wish is not None, number, key, -key], dtype=torch.float64)
         seconds, wished, number, highest, lowest = run.hooks.reduce(run, own, "max").tolist()
         if highest != -lowest:
             raise RuntimeError(different(run.hooks.gather(run, set(names))))
         products = [value * weight if weight else 0.0 for value, weight in zip(values, weights, strict=True)]  # NaN of a stand-in is none
-        own = torch.tensor([position.samples - self._samples, *products, *weights], dtype=torch.float64)
+        own = torch.tensor(
+            [position.samples - (self._samples or 0), *(products[i] for i in order), *(weights[i] for i in order)], dtype=torch.float64
+        )
         samples, *sums = run.hooks.reduce(run, own, "sum").tolist()
         self.seconds = seconds
-        self._samples = position.samples = self._samples + int(samples)
+        self._samples = position.samples = (self._samples or 0) + int(samples)
         if wished:
             self._stop(run)
         if number and not run.interrupted:
             run.interrupted, run.attention = signal.Signals(int(number)).name, True
-        count = len(names)
-        return [total / weight if weight else float("nan") for total, weight in zip(sums[:count], sums[count:], strict=True)]
+        count, means = len(names), [float("nan")] * len(names)
+        for i, total, weight in zip(order, sums[:count], sums[count:], strict=True):
+            if weight:
+                means[i] = total / weight
+        return means
 
     def _stop(self, run: Run) -> None:
         """Somebody wants to end: the lowest rank's reason is everybody's."""
@@ -75,8 +86,8 @@ class Agreement:
     def lengths(self, run: Run) -> None:
         """Compares how many training batches the ranks have."""
         counts = self.gather(run.num_batches)
-        self.uneven = None in counts or len(set(counts)) > 1
-        if self.uneven and None not in counts:
+        self.uneven |= None in counts or len(set(counts)) > 1
+        if None not in counts and len(set(counts)) > 1:
             run.num_batches = min(counts)
             run.say_once(f"ranks have {', '.join(map(str, counts))} training batches: an epoch ends after {run.num_batches}")
 
@@ -96,9 +107,13 @@ class Agreement:
             batch = None
 
     def gather(self, value: Any) -> list[Any]:
-        """``value`` of each rank."""
-        gathered: list[Any] = self.run.hooks.gather(self.run, value)
-        return gathered
+        """``value`` of each rank; in training the position has the samples of all of them then."""
+        position = self.run.position
+        new = position.samples - self._samples if self._samples is not None else 0
+        gathered = self.run.hooks.gather(self.run, (value, new))
+        if self._samples is not None:
+            self._samples = position.samples = self._samples + sum(samples for _, samples in gathered)
+        return [own for own, _ in gathered]
 
 
 def different(names: Sequence[set[str]]) -> str:

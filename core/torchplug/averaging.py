@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from torchplug.hookspecs import hookimpl
 from torchplug.options import check_fields
 from torchplug.run import Run
+from torchplug.sharded import is_spread, like, local
 from torchplug.trial import trial
 
 __all__ = ["Average", "Averaging", "recompute"]
@@ -73,7 +74,7 @@ class Average:
         once = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name in weights]
         if not once:
             raise ValueError(f"the averaged weights are of another module than {type(module).__name__}: it has no {next(iter(weights))}")
-        return cls(module, {name: weights[name].to(_tensor(module, name).device, copy=True) for name in once})
+        return cls(module, {name: _beside(_tensor(module, name), weights[name]) for name in once})
 
     def named(self) -> dict[str, Tensor]:
         """The averages under all names of the module; tied ones are the same tensor."""
@@ -90,18 +91,21 @@ class Average:
         for name in sorted(self.weights, key=lambda name: name not in parameters):  # parameters first
             average, value = self.weights[name], _tensor(self.module, name)
             group = groups.setdefault((value.dtype, average.dtype, value.device), _Group([], [], []))
-            group.averages.append(average)
+            group.averages.append(local(average))
             if name in parameters:
                 group.parameters.append(value)
             else:
                 group.buffers.append(_place(self.module, name))
         self._groups = list(groups.items())
+        self._spread = any(map(is_spread, parameters.values()))
 
     def update(self, weight: float) -> None:
         """``average += weight * (value - average)`` for all values."""
         with torch.no_grad():
             for (own, averaged, _), (averages, parameters, buffers) in self._groups:
                 values = [*parameters, *(getattr(owner, name) for owner, name in buffers)] if buffers else parameters
+                if self._spread:  # each rank averages its part
+                    values = [local(value) for value in values]
                 if own == averaged:
                     torch._foreach_lerp_(averages, values, weight)
                 else:  # lerp takes one type
@@ -177,6 +181,12 @@ def _is_trained(parameter: Tensor) -> bool:
     return parameter.requires_grad and not is_lazy(parameter)
 
 
+def _beside(value: Tensor, other: Tensor) -> Tensor:
+    """A copy of ``other`` on the device of ``value``, spread over ranks as that is."""
+    spread = like(other, value)
+    return other.to(value.device, copy=True) if spread is other else spread
+
+
 def _copied(value: Tensor) -> Tensor:
     """A copy to average in."""
     low = value.is_floating_point() and torch.finfo(value.dtype).bits < 32
@@ -202,7 +212,7 @@ def recompute(run: Run) -> bool:
     """Takes the statistics of BatchNorm layers anew, for the weights that the module has now: their mean over one epoch of training data.
 
     The pass calls ``training_step`` without gradients, in a `trial`: it leaves no trace but the statistics. Layers in eval mode
-    keep theirs. The result is that of `torch.optim.swa_utils.update_bn`.
+    keep theirs. The result is that of `torch.optim.swa_utils.update_bn`, over the batches of all ranks.
 
     Returns:
         Whether the pass is complete; if a signal ended it, the statistics are what they were.
@@ -225,6 +235,8 @@ def recompute(run: Run) -> bool:
                 run.hooks.train_step(run, batch, batch_idx, optimizer_idx)
         found = _statistics(module)
     for name, value in found.items():
+        if run.agreement is not None:  # every rank had as many batches
+            value = run.hooks.reduce(run, value.cpu(), "sum") / (run.world_size if value.is_floating_point() else 1)
         _tensor(module, name).copy_(value)
     return True
 
@@ -447,4 +459,4 @@ class Averaging:
                 raise RuntimeError(f"{type(self).__name__} takes averages within a run, when it knows the module")
             module = self._run.module
             self._average = Average.restored(module, averages)
-            self._own = {name: value.to(_tensor(module, name).device, copy=True) for name, value in state["own"].items()}
+            self._own = {name: _beside(_tensor(module, name), value) for name, value in state["own"].items()}

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from torchplug import sharded
 from torchplug.codec import CheckpointError, Encoder, decode, plain
 from torchplug.files import replacing, sweep
 from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
@@ -57,28 +58,37 @@ def load(path: str | Path, parts: Collection[str] | None = None) -> dict[str, An
     """The state in a checkpoint, its checksums compared, in the layout of the newest format.
 
     Args:
-        path: the file.
+        path: the file, or the folder that ranks wrote together.
         parts: which parts of the state are wanted, such as "module"; the tensors of others are not read. None: all.
 
     Raises:
         CheckpointError: missing, empty, cut off, damaged, foreign, of a newer format, or without one of ``parts``.
     """
     path = Path(path)
-    with _opened(path) as file:
-        found = read_header(file, path)
-        _raise(found.problems)
-        state = _state(path, found)
-        if parts is not None:
-            _raise([f"{path} holds no {name}" for name in parts if name not in state])
-            state = {name: state[name] for name in parts}
-        entries = {each.name: each for each in entries_in(state)}
-        try:
-            tensors = {name: torch.empty(each.shape, dtype=each.dtype, device="cpu") for name, each in entries.items()}
-        except (RuntimeError, TypeError, ValueError) as error:  # no memory, or a size that no tensor can have
-            raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-        _raise(_read_tensors(file, path, found, entries.values(), tensors))
+    if sharded.is_sharded(path):
+        number, state, files = sharded.state_in(path)
+        state, tensors = _wanted(path, _newest(path, number, state), parts)
+        _raise(sharded.problems(path, files))
+        sharded.read(path, tensors)
+    else:
+        with _opened(path) as file:
+            found = read_header(file, path)
+            _raise(found.problems)
+            state, tensors = _wanted(path, _state(path, found), parts)
+            _raise(_read_tensors(file, path, found, {each.name: each for each in entries_in(state)}.values(), tensors))
     whole: dict[str, Any] = _filled(state, tensors)
     return whole
+
+
+def _wanted(path: Path, state: dict[str, Any], parts: Collection[str] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The parts of a state that are wanted, and memory for the tensors in them."""
+    if parts is not None:
+        _raise([f"{path} holds no {name}" for name in parts if name not in state])
+        state = {name: state[name] for name in parts}
+    try:
+        return state, {each.name: torch.empty(each.shape, dtype=each.dtype, device="cpu") for each in entries_in(state)}
+    except (RuntimeError, TypeError, ValueError) as error:  # no memory, or a size that no tensor can have
+        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def weights(path: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -111,6 +121,10 @@ def verify(path: str | Path) -> list[str]:
     """What is wrong with a checkpoint, line by line; empty when it is good."""
     path = Path(path)
     try:
+        if sharded.is_sharded(path):
+            number, state, files = sharded.state_in(path)
+            _newest(path, number, state)
+            return sharded.problems(path, files)
         with _opened(path) as file:
             found = read_header(file, path)
             problems = found.problems + _read_tensors(file, path, found, found.entries.values())
@@ -130,6 +144,9 @@ def header(path: str | Path) -> dict[str, Any]:
         CheckpointError: as with `load`.
     """
     path = Path(path)
+    if sharded.is_sharded(path):
+        number, state, _ = sharded.state_in(path)
+        return {"format": number, **_newest(path, number, state)}
     with _opened(path) as file:
         found = read_header(file, path)
     _raise(found.problems)
@@ -206,10 +223,18 @@ def _state(path: Path, found: Layout) -> dict[str, Any]:
     """The state in the layout of the newest format, with an `Entry` in the place of each tensor."""
     try:
         state: dict[str, Any] = dict(decode(json.loads(found.body), found.entries))
-        for number in range(found.format, FORMAT):
-            state = MIGRATIONS[number](state)
     except WRONG as error:
         raise CheckpointError(f"{path} does not hold what a checkpoint of format {found.format} holds ({error!r})") from error
+    return _newest(path, found.format, state)
+
+
+def _newest(path: Path, number: int, state: dict[str, Any]) -> dict[str, Any]:
+    """A state of format ``number`` in the layout of the newest one."""
+    try:
+        for older in range(number, FORMAT):
+            state = MIGRATIONS[older](state)
+    except WRONG as error:
+        raise CheckpointError(f"{path} does not hold what a checkpoint of format {number} holds ({error!r})") from error
     return state
 
 

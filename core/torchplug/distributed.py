@@ -14,13 +14,16 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,13 +45,14 @@ __all__ = ["RankFailed", "Ranks"]
 logger = logging.getLogger("torchplug")
 HOW = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 STARTED = "TORCHPLUG_RESULT"  # in the environment of ranks that were started here: where the result goes
-CONNECTION = ("onnection", "Timed out", "Broken pipe", "NCCL")  # what torch's errors say where a rank is gone
 PATIENCE = timedelta(seconds=5)  # how long a rank that lost its connection waits for a word of the others
+BEHIND = 60.0  # seconds that a rank may be behind another one in the same batch
 
 # of this process, in which there can be one group of all ranks
 _store: Any = None  # where they found each other
 _cpu: Any = None  # the group in which values on the CPU are exchanged
 _broken = False  # whether the group cannot be left in good order
+_runs = 0  # in which this process was a rank: words that are left for others belong to one of them
 
 
 class RankFailed(RuntimeError):
@@ -106,6 +110,9 @@ class Ranks:
 
     def _take_part(self, run: Run, main: Task) -> Done:
         """This process is a rank."""
+        global _runs
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK and WORLD_SIZE are set and LOCAL_RANK is not: start the processes with torchrun, or set it too")
         rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         asked = self._devices(run) * run.options.num_nodes
         if asked not in (1, world):
@@ -116,16 +123,21 @@ class Ranks:
             )
         run.rank, run.world_size, run.local_rank = rank, world, local
         self._connect(run)
-        run.agreement = run.metrics.agreement = Agreement(run)
+        _runs += 1
+        agreement = run.agreement = run.metrics.agreement = Agreement(run)
+        waited_for = Path(os.environ[STARTED]) if STARTED in os.environ and local == 0 else None
+        parts = set(run.module.state_dict()) if waited_for is not None else set()
         try:
             done = main()
             run.agreement = run.metrics.agreement = None
-            self.barrier()  # nobody is left talking to somebody who is gone
+            late = self.gather(run, agreement.signal)  # from here on nobody talks to somebody who is gone
+            run.interrupted = run.interrupted or next(filter(None, late), "")  # one that came too late for the loop ends all all the same
+            if STARTED in os.environ:
+                main.outcome(waited_for, done, parts)
+            self.barrier()
         except BaseException as error:
             self._tell(run, error)
             raise
-        if STARTED in os.environ and rank == 0:
-            main.outcome(Path(os.environ[STARTED]), done)
         return done
 
     def _connect(self, run: Run) -> None:
@@ -137,7 +149,8 @@ class Ranks:
             if on_cuda:
                 devices = run.options.devices
                 torch.cuda.set_device(devices[run.local_rank] if isinstance(devices, list) else run.local_rank)
-            _store, rank, world = next(rendezvous("env://", timeout=timeout))
+            found, rank, world = next(rendezvous("env://", timeout=timeout))
+            _store = _of_now(found, rank, world, timeout)
             backend = self.backend or ("nccl" if on_cuda else "gloo")
             dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=timeout)
             _cpu = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
@@ -149,17 +162,24 @@ class Ranks:
         """Leaves a word for the other ranks, who see no more than a closed connection; notes on such an error what they left."""
         global _broken
         _broken = True
-        if _store is None or not isinstance(error, Exception):
+        if _store is None:
             return
-        words = PrefixStore("torchplug", _store)
-        words.set_timeout(PATIENCE)
-        connection = isinstance(error, (dist.DistError, RuntimeError)) and any(text in str(error) for text in CONNECTION)
-        try:
-            words.set(str(run.rank), "lost the connection" if connection else f"failed: {type(error).__name__}: {error}")
-            if connection:
-                add_note(error, self._heard(run, words))
-        except RuntimeError:  # the store is gone as well
-            add_note(error, f"the first machine ({os.environ.get('MASTER_ADDR')}) is out of reach, or its process has ended")
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        own = "lost the connection" if lost else f"failed: {type(error).__name__}: {error}"
+        heard: list[str] = []
+        telling = threading.Thread(target=self._exchange, args=(run, own, heard if lost else None), daemon=True)  # it may never come back
+        telling.start()
+        telling.join(2 * PATIENCE.total_seconds())
+        if lost:
+            add_note(error, heard[0] if heard else f"out of reach, or ended: rank 0 and its machine, {os.environ.get('MASTER_ADDR')}")
+
+    def _exchange(self, run: Run, own: str, heard: list[str] | None) -> None:
+        """Leaves this rank's word, and hears those of the others."""
+        words = _words_of_ranks()
+        with suppress(RuntimeError):  # the store is gone as well
+            words.set(str(run.rank), own)
+            if heard is not None:
+                heard.append(self._heard(run, words))
 
     def _heard(self, run: Run, words: Store) -> str:
         """What became of the others."""
@@ -177,27 +197,38 @@ class Ranks:
 
     def _start(self, run: Run, main: Task, count: int) -> Done:
         """Lets torch's launcher start the ranks on this machine, waits for them, and takes what came of it."""
-        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        with tempfile.TemporaryDirectory(prefix="torchplug-") as folder:
+        nodes, came = run.options.num_nodes, ""
+        if nodes > 1 and self.rendezvous is None:
+            raise ValueError(f"num_nodes={nodes}: say where they meet with rendezvous='host:port', or let torchrun start the script")
+        with tempfile.TemporaryDirectory(prefix="torchplug-") as folder, _handlers_kept() as handlers:
             result = Path(folder) / "result"
             method, task = self._packed(main, Path(folder) / "task")
-            nodes = run.options.num_nodes
             config = LaunchConfig(
-                min_nodes=nodes, max_nodes=nodes, nproc_per_node=count, run_id=uuid.uuid4().hex if nodes == 1 else str(run.options.name),
-                rdzv_backend="c10d", rdzv_endpoint=self.rendezvous or "localhost:0", max_restarts=0, start_method=method,
+                min_nodes=nodes, max_nodes=nodes, nproc_per_node=count, max_restarts=0, start_method=method,
+                run_id=uuid.uuid4().hex if nodes == 1 else f"torchplug {run.options.name}",
+                rdzv_backend="c10d", rdzv_endpoint=self.rendezvous or "localhost:0",
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
             )  # fmt: skip
+            if hasattr(config, "signals_to_handle"):  # older versions take the first four, ignored or not
+                names = dict.fromkeys(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *run.options.signals))
+                config.signals_to_handle = ",".join(name for name in names if _acts(name))
             try:
-                elastic_launch(config, _work)(task, result, self if method == "fork" else None, run if method == "fork" else None)
+                elastic_launch(config, _work)(task, result, _Forked(self, run, handlers) if method == "fork" else None)
             except ChildFailedError as error:
                 if not result.exists():  # the ranks ended as a signal asked them to, if there is one
                     raise RankFailed(_words(error)) from None
             except SignalException as error:
+                came = signal.Signals(error.sigval).name
                 if not result.exists():
-                    leave(signal.Signals(error.sigval).name)
-            return main.take(result)
+                    logger.error("%s: the ranks had to be ended before the run was over", came)
+                    leave(came)
+            done = main.take(result)
+            run.interrupted = run.interrupted or came
+            return done
 
     def _packed(self, main: Task, path: Path) -> tuple[str, Any]:
         """How processes are started, and what they are given: the task itself, or a file that holds it."""
@@ -225,31 +256,62 @@ class Ranks:
         if run.world_size == 1 or not self.deal:
             return None
         if shares_itself(loader):
+            if stage == "train" and run.agreement is not None:
+                run.agreement.uneven = True  # the length of an iterable data set is a promise
             run.say_once(
                 "an iterable data set is not dealt out: each rank loads all of it, unless it takes its part by its rank", logging.INFO
             )
-        mine = dealt(loader, stage, run.rank, run.world_size, self.broadcast)
+        mine = dealt(loader, stage, run.rank, run.world_size, lambda value: self.broadcast(run, value))
         if stage == "train":
             shares = shares_of(mine)
             run.share = lambda batch_idx: shares.get(batch_idx, 1.0)
         return mine
 
+    @hookimpl
+    def on_step_skipped(self, run: Run, reason: str) -> None:
+        """All ranks skip a batch, or none: a rank alone would leave the others waiting for its gradients. Nothing is exchanged at
+        other batches.
+
+        Raises:
+            RuntimeError: the others do not skip it.
+        """
+        if run.world_size == 1:
+            return
+        words, world = _words_of_ranks(), run.world_size
+        key = f"skipped {run.position.micro_step} {run.turn}"
+        mine = words.add(key, 1)
+        all_of_us = -(-mine // world) * world  # a trial may have been at this step before
+        end = time.monotonic() + min(BEHIND, duration("timeout", self.timeout))
+        while words.add(key, 0) < all_of_us:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"{reason} on rank {run.rank}, and not on all the others, which wait for its gradients: return None on all ranks, "
+                    "or the loss times 0 where a batch is to be left out on one of them"
+                )
+            time.sleep(0.01)
+
     # ------------------------------------------------------------------ values
 
     @hookimpl
-    def reduce(self, values: Tensor, how: str) -> Tensor:
+    def reduce(self, run: Run, values: Tensor, how: str) -> Tensor:
         values = values.clone()
+        if run.alone:
+            return values
         dist.all_reduce(values, HOW[how], group=_cpu)
         return values
 
     @hookimpl
     def gather(self, run: Run, value: Any) -> list[Any]:
+        if run.alone:
+            return [value] * run.world_size
         gathered = [None] * run.world_size
         dist.all_gather_object(gathered, value, group=_cpu)
         return gathered
 
     @hookimpl
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, run: Run, value: Any) -> Any:
+        if run.alone:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=_cpu)
         return box[0]
@@ -260,22 +322,101 @@ class Ranks:
         return True
 
 
-def _work(task: Any, result: Path, ranks: Ranks | None, run: Run | None) -> None:
+def _of_now(store: Store, rank: int, world: int, timeout: timedelta) -> Store:
+    """``store`` with keys that nobody has used before.
+
+    That of torchrun outlives the ranks that it starts again, and has the addresses of those that are gone. Rank 0 gives all keys a
+    name, which each rank asks for in its own: an answer can only be meant for it.
+
+    Raises:
+        TimeoutError: some ranks did not come.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    meeting, mine = PrefixStore("torchplug", store), uuid.uuid4().hex
+    if rank:
+        meeting.set(str(rank), mine)
+        meeting.wait([mine], timeout)
+        name = meeting.get(mine).decode()
+        meeting.set(f"{name} {rank}", "")
+        return PrefixStore(name, store)
+    missing, end = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        missing = {other for other in missing if not meeting.check([f"{mine} {other}"])}
+        for other in missing:
+            if meeting.check([str(other)]):  # perhaps by one that is gone: it is looked at again
+                meeting.set(meeting.get(str(other)).decode(), mine)
+        if missing and time.monotonic() > end:
+            raise TimeoutError(f"ranks {', '.join(map(str, sorted(missing)))} did not come within {timeout.total_seconds():g} s")
+        time.sleep(0.01 * bool(missing))
+    return PrefixStore(mine, store)
+
+
+class _Forked(NamedTuple):
+    """What a process that was forked takes over from the one that waits."""
+
+    ranks: Ranks
+    run: Run
+    handlers: dict[int, Any]
+
+
+def _work(task: Any, result: Path, forked: _Forked | None) -> None:
     """What a process does that was started here."""
     os.environ[STARTED] = str(result)
-    torch.set_num_threads(
-        max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks is None else 1
-    )  # a fork has no pool
+    if forked is not None:
+        gc.freeze()  # garbage of the process that waits has threads there, whose end would not be found here
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    torch.set_num_threads(cores if forked is None else 1)  # torch's pool of threads does not come along with a fork
     try:
-        if ranks is not None and run is not None:
-            ranks._take_part(run, task)
-        else:
+        if forked is None:
             pickle.loads(task.read_bytes())()
+            return
+        _put_back(forked.handlers)  # those of torch's launcher came along
+        forked.ranks._take_part(forked.run, task)
+        if forked.run.asked_to_end:
+            leave(forked.run.asked_to_end)
+    except KeyboardInterrupt:  # torch takes it for a good end, and waits for a result
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception:
         traceback.print_exc()  # torch's launcher shows a summary alone
         raise
     finally:
         _disconnect()
+
+
+def _acts(name: str) -> bool:
+    """Whether there is a signal of this name, and it is not ignored, as SIGHUP is under nohup."""
+    return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[dict[int, Any]]:
+    """Inside, torch's launcher may take signals, and does not log what a failed rank has printed; gives the handlers there were."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {int(number): signal.getsignal(number) for number in signal.Signals if signal.getsignal(number) is not None}
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    log.addFilter(_news)
+    try:
+        yield handlers
+    finally:
+        log.removeFilter(_news)
+        _put_back(handlers)
+
+
+def _put_back(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+
+
+def _news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("failed (exitcode")
+
+
+def _words_of_ranks() -> Store:
+    """What ranks leave for each other during this run."""
+    return PrefixStore(f"torchplug/{_runs}", _store)
 
 
 def _words(error: Any) -> str:
@@ -289,5 +430,8 @@ def _words(error: Any) -> str:
 def _disconnect() -> None:
     """Leaves the group before the interpreter takes things apart: threads of the connections must not outlive it."""
     gc.collect()
-    if dist.is_initialized() and not _broken:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)  # it may never come back where a rank is out of reach
+    leaving.start()
+    leaving.join(PATIENCE.total_seconds() if _broken else None)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchplug.codec import CheckpointError
 
-__all__ = ["replacing", "sweep"]
+__all__ = ["FULL", "exchange", "flush_folder", "remove", "replacing", "sweep"]
 
 FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (the quota is used up)", errno.EFBIG: "disk full (a file may not be so large)"}
 
@@ -39,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -50,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _written.discard(known)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` durable, where the system can."""
     if os.name != "posix":
         return
@@ -64,8 +66,23 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def exchange(path: Path, other: Path) -> bool:
+    """Each takes the place of the other at one moment. False where the system or the file system cannot do that."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None  # of Linux; Python has no name for it
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(path), here, os.fsencode(other), swap) == 0
+
+
 def sweep(folder: str | Path) -> list[Path]:
-    """Removes the temporary files of writes that were killed; returns what was removed.
+    """Removes the temporary files and folders of writes that were killed; returns what was removed.
 
     A file of a process that is alive is left alone, and so is every other file. Processes are looked for on this machine:
     jobs that run on several machines at a time need a folder each.
@@ -75,8 +92,10 @@ def sweep(folder: str | Path) -> list[Path]:
         process = re.fullmatch(r"\..+\.safetensors\.(\d+)\.tmp", path.name)
         if process is None or os.path.realpath(path) in _written or _alive(int(process[1])):
             continue
+        if path.is_dir() and not any(path.glob("__*.distcp")):  # not what ranks write together
+            continue
         with suppress(OSError):  # another run was faster, or it is not ours to delete
-            path.unlink()
+            remove(path)
             swept.append(path)
     return swept
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from torchplug.run import Run
 from torchplug.seed import generator_state, restore_generators
+from torchplug.sharded import whole
 
 if TYPE_CHECKING:
     from torchplug.module import Module
@@ -77,17 +78,33 @@ class Task:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "here": None, "generators": generator_state()}
 
-    def outcome(self, path: Path, done: Done) -> None:
-        """Writes what the waiting process gets to see of the run; what cannot be pickled stays, and is named there."""
+    def outcome(self, path: Path | None, done: Done, parts: Collection[str] = ()) -> None:
+        """Writes what the waiting process gets to see of the run; what cannot be pickled stays, and is named there.
+
+        Every rank calls it: tensors that are spread over ranks are whole in what is written.
+
+        Args:
+            path: the file, which is there when it is whole. None: this rank writes nothing.
+            done: what the run returned.
+            parts: the names in the module's state before the run: if it has others now, layers were made on the way, and go back.
+        """
         run = self.trainer.run
         assert run is not None
         lost: list[str] = []
-        attributes = {name: value for name, value in vars(run.module).items() if name not in INNER}
+        module, run.ended = whole(run.module.state_dict(), path is not None), whole(run.ended, path is not None)
+        plugins = {name: whole(vars(each), path is not None) for name, each in run.plugins.items() if hasattr(each, "__dict__")}
+        if path is None:
+            return
+        attributes = {name: value for name, value in vars(run.module).items() if name not in INNER and not name.startswith(TORCHS)}
+        grown = {} if run.module.state_dict().keys() == set(parts) else {name: vars(run.module)[name] for name in LAYERS}
+        data = {} if run.datamodule is None else {name: value for name, value in vars(run.datamodule).items() if type(value) in PLAIN}
         content = {
             "result": _packed({"result": done.result}, run.work, lost),
-            "module": run.module.state_dict(),
+            "layers": _packed(grown, type(run.module).__name__, lost),
+            "module": module,
             "attributes": _packed(attributes, type(run.module).__name__, lost),
-            "plugins": {name: _packed(vars(each), name, lost) for name, each in run.plugins.items() if hasattr(each, "__dict__")},
+            "data": data,
+            "plugins": {name: _packed(each, name, lost) for name, each in plugins.items()},
             "run": _packed({name: getattr(run, name) for name in FIELDS}, "run", lost),
             "position": asdict(run.position),
             "seconds": run.seconds,
@@ -95,15 +112,20 @@ class Task:
             "generators": generator_state(),
             "lost": lost,
         }
-        torch.save(content, path)
+        unfinished = path.with_name(f"{path.name}.part")
+        torch.save(content, unfinished)
+        unfinished.rename(path)
 
     def take(self, path: Path) -> Done:
         """Puts what `outcome` wrote into module, plugins, run and trainer of this process."""
         content = torch.load(path, map_location="cpu", weights_only=False)  # a file of our own, written a moment ago
         run = self.trainer.run
         assert run is not None
+        vars(run.module).update(_unpacked(content["layers"]))
         run.module.load_state_dict(content["module"])
         vars(run.module).update(_unpacked(content["attributes"]))
+        if run.datamodule is not None:
+            vars(run.datamodule).update(content["data"])
         for name, parts in content["plugins"].items():
             vars(run.plugins[name]).update(_unpacked(parts))
         for owner, values in ((run, _unpacked(content["run"])), (run.position, content["position"])):
@@ -118,6 +140,9 @@ class Task:
 
 
 INNER = {*vars(nn.Module()), "_run"}  # what a module consists of, beside its attributes
+TORCHS = ("_is_fsdp_", "_fsdp_", "__composable_api_")  # how the names begin that torch gives a module whose parameters it shards
+LAYERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+PLAIN = (bool, int, float, str, type(None))  # what a data module brings back: data themselves may be large, and are there already
 
 
 def _packed(values: Mapping[str, Any], owner: str, lost: list[str]) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from torchplug.optimizers import only
 from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
-from torchplug.state import freeze_metrics, go_on
+from torchplug.state import collect, freeze_metrics, go_on
 from torchplug.trial import out_of_memory
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
         result = work()
     except BaseException as error:
         failure, run.training = error, False
+        run.agreement = run.metrics.agreement = None  # other ranks may be anywhere: nothing can be agreed on any more
         blame(error, members, run.rank)
         note_place(error, run)
         if out_of_memory(error):
@@ -86,6 +87,8 @@ def fit(run: Run, hooks: Hooks) -> None:
     if not run.module.training:
         run.say_once(f"{type(run.module).__name__} was in eval mode and is put into train mode; freeze parts of it if that is meant")
         run.module.train()
+    if run.agreement is not None:
+        run.agreement.begin()
     hooks.on_fit_start(run)
     validation, limits, watch = Validation(run), Limits(run), LossWatch(run)
     if validation.enabled and run.options.num_sanity_val_steps and run.loaded is None:
@@ -102,7 +105,7 @@ def fit(run: Run, hooks: Hooks) -> None:
             train_epoch(run, hooks, validation, limits, watch)
         if not run.interrupted:
             _conclude(run, hooks, watch)
-            run.ended = run.state()
+            run.ended = collect(run)
         run.settle()
         run.training = False
     run.position.stage = ""
@@ -272,18 +275,17 @@ def _end_long_window(run: Run, hooks: Hooks, index: int) -> None:
     """The end of a window of several batches. Where some were skipped, or fewer came than the loader's length
     promised, the gradients become the true mean all the same."""
     contributions, run.contributions[index] = run.contributions[index], 0
-    if contributions != run.window:
-        for group in run.optimizers[index].param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(run.window / contributions)
-    update(run, hooks, index, None)
+    update(run, hooks, index, None, run.window / contributions)
 
 
-def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None) -> None:
-    """One optimizer step with the hooks around it. In automatic optimization gradients are cleared and schedulers step."""
+def update(run: Run, hooks: Hooks, index: int, closure: Callable[[], Tensor] | None, scale: float = 1.0) -> None:
+    """One optimizer step with the hooks around it, gradients multiplied with ``scale``. In automatic optimization gradients are
+    cleared and schedulers step."""
     optimizer, position = run.optimizers[index], run.position
     hooks.reduce_gradients(run, optimizer)
+    if scale != 1.0:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None):
+            parameter.grad.mul_(scale)
     hooks.on_before_optimizer_step(run, optimizer)
     hooks.clip_gradients(run, optimizer)
     updated = hooks.optimizer_step(run, optimizer, closure) is not False
@@ -308,9 +310,17 @@ def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int
     """The closure of an optimizer that evaluates the loss several times; the first answer is known already."""
     known = [loss]
 
+    def together(loss: Tensor) -> Tensor:
+        """The loss of all ranks, by which an optimizer decides; gradients are those of all anyhow."""
+        if run.agreement is None:
+            return loss
+        own = run.weighed(loss).detach().to("cpu", torch.float64)
+        total: Tensor = hooks.reduce(run, own, "sum")
+        return (total / run.world_size).to(loss)
+
     def closure() -> Tensor:
         if known:
-            return known.pop()
+            return together(known.pop())
         with torch.enable_grad():
             hooks.zero_grad(run, run.optimizers[index])
             again = loss_of(run, hooks.train_step(run, batch, batch_idx, index))
@@ -319,8 +329,9 @@ def _reevaluation(run: Run, hooks: Hooks, batch: Any, batch_idx: int, index: int
             hooks.on_before_backward(run, again)
             hooks.backward(run, run.weighed(again), run.optimizers[index])
             hooks.on_after_backward(run)
+            hooks.reduce_gradients(run, run.optimizers[index])
             hooks.clip_gradients(run, run.optimizers[index])  # the search must not mix clipped with unclipped ones
-        return again
+        return together(again)
 
     return closure
 

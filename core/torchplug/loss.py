@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchplug.sharded import local
+
 if TYPE_CHECKING:
     from torchplug.run import Run
 
@@ -137,7 +139,7 @@ class LossWatch:
             raise FloatingPointError(self._words(f"the loss is {self.value}"))
         trained = [(name, p) for name, p in self.run.module.named_parameters() if p.requires_grad and p.numel()]
         if trained:
-            finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained]).tolist()
+            finite = torch.stack([torch.isfinite(local(p.detach())).all() for _, p in trained]).tolist()
             names = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
             if names:
                 raise FloatingPointError(self._words(f"parameters are nan or infinite at the end of training ({', '.join(names[:5])})"))

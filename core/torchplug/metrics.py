@@ -248,10 +248,10 @@ class Metrics:
 
     def finish(self) -> list[Results]:
         """Batches are over: epoch values are published and returned, one dict for each loader."""
-        self._pass.in_batches = self.stand_in = False
-        self._series = {}
         if self.agreement is not None:
             self._join(self.agreement)
+        self._pass.in_batches = self.stand_in = False
+        self._series = {}
         results = []
         for loader, series in enumerate(self._pass.by_loader):
             values: dict[str, Tensor | float] = {}
@@ -289,7 +289,7 @@ class Metrics:
             RuntimeError: ranks that had batches logged different metrics.
         """
         for series in self._pass.by_loader:
-            mine = {name: each.part() for name, each in series.items() if not each.options[6]}
+            mine = {name: {**each.part(), "size": self._weight()} for name, each in series.items() if not each.options[6]}
             parts = agreement.gather(mine)
             filled = [part for part in parts if part]
             if any(part.keys() != filled[0].keys() for part in filled):
@@ -321,7 +321,10 @@ class Metrics:
             found.append((name, value, series))
         values = [value for _, value, _ in found]
         if together and self.agreement is not None:
-            values = self._mean([name for name, _, _ in found], values)
+            shared = [i for i, (_, _, series) in enumerate(found) if not series.options[6]]  # what rank 0 alone logs stays its own
+            means = self._mean([found[i][0] for i in shared], [values[i] for i in shared])
+            for i, mean in zip(shared, means, strict=True):
+                values[i] = mean
         for (name, _, series), value in zip(found, values, strict=True):
             self._publish(name, value, False, series.logger is not False)
         return self._sent()
@@ -329,8 +332,11 @@ class Metrics:
     def _mean(self, names: list[str], values: list[Any]) -> list[float]:
         """What the ranks have on average, each with the weight of its batch."""
         assert self.agreement is not None
-        weight = 0.0 if self.stand_in else float(self.size or 1)
-        return self.agreement.values(names, read(values), [weight] * len(names))
+        return self.agreement.values(names, read(values), [self._weight()] * len(names))
+
+    def _weight(self) -> float:
+        """That of the latest batch."""
+        return 0.0 if self.stand_in else float(self.size or 1)
 
     def record(self) -> dict[str, float]:
         """What was published and not yet handed to loggers. All ranks are here."""

@@ -51,8 +51,11 @@ class Operations:
         return main()
 
     @hookimpl
+    def setup(self, run: Run) -> None:
+        self.stays = run.device.type == "cpu" and self.dtype is None  # the device is known now
+
+    @hookimpl
     def setup_module(self, run: Run, module: Module) -> Module:
-        self.stays = run.device.type == "cpu" and self.dtype is None
         return module.to(run.device, self.dtype)
 
     @hookimpl

@@ -17,7 +17,6 @@ from torchplug.operations import Operations
 from torchplug.optimizers import needs_closure
 
 if TYPE_CHECKING:
-    from torchplug.module import Module
     from torchplug.run import Run
 
 __all__ = ["Autocast", "ScaledAutocast", "Unscaling", "operations_for"]
@@ -77,9 +76,9 @@ class ScaledAutocast(Autocast):
         self.stepped: list[Optimizer] = []  # who stepped since the scale was adapted
 
     @hookimpl
-    def setup_module(self, run: Run, module: Module) -> Module:
-        self.scaler = run.scaler = torch.amp.GradScaler(run.device.type)  # the device is known now
-        return super().setup_module(run, module)
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self.scaler = run.scaler = torch.amp.GradScaler(run.device.type)
 
     def _note_update(self, *_: Any) -> None:
         self.updated = True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torchplug.checkpoint import CheckpointError
 from torchplug.matching import Choice, check_model
 from torchplug.run import located
+from torchplug.sharded import spread
 from torchplug.state import restore
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def put_in_place(run: Run, start: Start) -> None:
     """Puts a state into a prepared run and tells everybody."""
     if run.work != "fit":
         check_model(run, start.state["module"], str(start.path))
-        run.module.load_state_dict(start.state["module"])
+        run.module.load_state_dict(spread(start.state["module"], run.module.state_dict()))
         logger.info("%s with the weights of %s", run.work, start.path)
     else:
         report = restore(run, start.state, start.path, start.choice)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchplug import files
 from torchplug.blame import add_note
 from torchplug.data import length
 from torchplug.metrics import Metrics
@@ -112,6 +113,8 @@ class Run:
         best_path: the best checkpoint so far.
         last_path: the newest checkpoint.
         agreement: where several ranks take part, what they agree on; a strategy makes it when the ranks have found each other.
+        alone: whether this rank works by itself for a while, in a trial that may fail on one of them: nothing is exchanged.
+        together: whether a checkpoint is written by all ranks, each its part, so that every one of them calls ``save_checkpoint``.
         share: where the data are dealt out to ranks, by the index of the batch in the epoch what its loss is multiplied with, so
             that the mean over ranks is the mean over samples; 0 for a batch that only keeps the ranks in step.
         journal: the file with everything that happens to the run, set by the plugin that writes it.
@@ -171,6 +174,8 @@ class Run:
     hooks: Hooks = field(init=False, repr=False)
     quiet: Hooks = field(init=False, repr=False)  # the same, with events that reach no plugin
     agreement: Agreement | None = field(default=None, repr=False)
+    alone: bool = False
+    together: bool = False
     share: Callable[[int], float] | None = field(default=None, repr=False)
     _asking: Callable[[], str] = field(default=str, repr=False)
     _started: float = field(default_factory=time.monotonic)
@@ -389,7 +394,8 @@ class Run:
         """Deletes a local checkpoint, after what is still to be saved, and tells everybody."""
 
         def remove() -> None:
-            Path(path).unlink(missing_ok=True)
+            if self.rank == 0:
+                files.remove(Path(path))
             self.hooks.on_checkpoint_removed(self, Path(path), reason)
 
         self.at_boundary(remove)

@@ -121,8 +121,8 @@ class Series:
     def join(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Takes the `part` of each rank in place of the own one."""
         totals = [part["total"] for part in parts if part["total"] is not None]
-        last = [part["last"] for part in parts if part["last"] is not None]
-        self.last = sum(last) / len(last) if last else None
+        last = [(part["last"], part.get("size", 1.0)) for part in parts if part["last"] is not None and part.get("size", 1.0)]
+        self.last = sum(value * size for value, size in last) / sum(size for _, size in last) if last else None
         self.everything = [torch.tensor(part["everything"], dtype=torch.float64) for part in parts if part["everything"]]
         self.weight = sum(part["weight"] for part in parts)
         if totals:

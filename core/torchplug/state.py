@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from torchplug.blame import add_note
 from torchplug.checkpoint import plain
+from torchplug.data import move
 from torchplug.matching import PARTS, Choice, check, facts, new_data, stateful
 from torchplug.seed import generator_state, restore_generators
 from torchplug.series import joined
+from torchplug.sharded import like_parameters, spread
 from torchplug.stream import has_state
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ __all__ = ["Resumption", "collect", "freeze_metrics", "go_on", "restore", "versi
 
 def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     """The state of a run, as nested dicts and lists of tensors and plain values; the tensors are the run's own."""
+    own, ranks = ({}, []) if weights_only else _of_all_ranks(run)
     state = {
         "time": time.time(),
         "kind": "weights" if weights_only else "run",
@@ -44,14 +47,6 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     }
     if weights_only:
         return state
-    objects = dict(metric_objects(run.module))
-    own = {
-        "generators": generator_state(),
-        "metrics": {
-            "values": run.metrics.state_dict(objects, run.is_last_batch),
-            "objects": run.metrics.frozen_sums or {path: sums(each) for path, each in objects.items()},
-        },
-    }
     return {
         **state,
         "loop": {"validated": run.validated},
@@ -64,11 +59,24 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         ],
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         **own,
-        "ranks": run.agreement.gather(own)[1:] if run.agreement is not None else [],
-        "data": _data(run) if "train" in run.loaders else None,
+        "ranks": ranks,
         "plugins": {name: plugin.state_dict() for name, plugin in run.plugins.items() if hasattr(plugin, "state_dict")},
         "options": {"accumulate_grad_batches": run.options.accumulate_grad_batches, "precision": run.options.precision},
     }
+
+
+def _of_all_ranks(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What each rank has for itself: this one's, and that of the others, in the order of their numbers without the first."""
+    objects = dict(metric_objects(run.module))
+    own = {
+        "generators": generator_state(),
+        "metrics": {
+            "values": run.metrics.state_dict(objects, run.is_last_batch),
+            "objects": run.metrics.frozen_sums or {path: sums(each) for path, each in objects.items()},
+        },
+        "data": _data(run) if "train" in run.loaders else None,
+    }
+    return own, [] if run.agreement is None else run.agreement.gather(move(own, torch.device("cpu")))[1:]
 
 
 def versions() -> dict[str, str]:
@@ -165,10 +173,11 @@ def restore(run: Run, state: Mapping[str, Any], path: Path | str | None, choice:
 
 
 def _of_this_rank(run: Run, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state with the generators and sums that belong to this rank.
+    """The state with the generators, sums and place in the data that belong to this rank.
 
     Where there were other ranks, the first of the new ones goes on with the generators of the first and the sums of all; the others
-    go on with generators of their own and nothing summed up yet. What comes out is equal in distribution then, not in its bits.
+    go on with generators of their own and nothing summed up yet. What comes out is equal in distribution then, not in its bits. Of a
+    metric object the sums of the first are there alone.
     """
     others = state.get("ranks", [])
     if len(others) == run.world_size - 1:
@@ -176,6 +185,12 @@ def _of_this_rank(run: Run, state: Mapping[str, Any]) -> Mapping[str, Any]:
     metrics = dict(state["metrics"])
     values = [each["metrics"]["values"]["series"] for each in (state, *others)]
     metrics["values"] = {**metrics["values"], "series": [] if run.rank else joined(values)}
+    if metrics["objects"] and state["position"]["batch"]:
+        run.say_once(
+            f"{len(others) + 1} ranks wrote this, {run.world_size} go on: metric objects ({', '.join(metrics['objects'])}) have what the "
+            "first rank had added up in this epoch, because how the sums of ranks belong together is not known of them"
+        )
+    metrics["objects"] = {} if run.rank else metrics["objects"]
     return {**state, "metrics": metrics, "generators": None if run.rank else state["generators"]}
 
 
@@ -202,10 +217,10 @@ def _load_plugin(run: Run, name: str, state: Any) -> None:
 def _put(run: Run, state: Mapping[str, Any], part: str, path: Path | str | None) -> bool:
     """Puts one part in place; False if the state does not have it."""
     if part == "model":
-        run.module.load_state_dict(state["module"])
+        run.module.load_state_dict(spread(state["module"], run.module.state_dict()))
     elif part == "optimizer":
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved["state"])
+            optimizer.load_state_dict(like_parameters(saved["state"], optimizer))
             if saved["steps"]:  # schedulers warn if they are the first to step, and have no public way to hear of earlier steps
                 vars(optimizer)["_opt_called"] = True
         run.optimizer_steps[:] = [saved["steps"] for saved in state["optimizers"]]

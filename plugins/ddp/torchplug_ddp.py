@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,6 @@ from torch.optim import Optimizer
 
 from torchplug import Module, Run, hookimpl
 from torchplug.distributed import Ranks
-from torchplug.options import at_least
 
 __all__ = ["Ddp"]
 
@@ -58,32 +59,51 @@ class Ddp(Ranks):
         static_graph: Whether every step uses the same parameters in the same order, which torch then relies on.
         gradient_as_bucket_view: Whether gradients are views of what is exchanged, which saves memory.
         bucket_cap_mb: Size of the parts in which gradients are exchanged, in MB.
-        broadcast_buffers: Whether all ranks take the buffers (BatchNorm's statistics) of rank 0 at each training step, if there are any.
+        broadcast_buffers: Whether all ranks take the buffers (BatchNorm's statistics) of rank 0 at each training step that exchanges
+            gradients, and before each evaluation, if there are any.
     """
 
     sync_batchnorm: bool = False
     find_unused_parameters: bool = False
     static_graph: bool = False
     gradient_as_bucket_view: bool = True
-    bucket_cap_mb: Annotated[int, at_least(1)] = 25
+    bucket_cap_mb: int = 25
     broadcast_buffers: bool = True
 
     _ddp: DistributedDataParallel | None = field(init=False, default=None, repr=False)
+    _parameters: list[Tensor] = field(init=False, default_factory=list, repr=False)
+    _trained: list[bool] = field(init=False, default_factory=list, repr=False)  # which of them torch's wrapper knows to be trained
     _pending: bool = field(init=False, default=False, repr=False)  # whether gradients are those of this rank alone
+    _begun: bool = field(init=False, default=False, repr=False)  # whether torch's wrapper was used
     _checked: bool = field(init=False, default=False, repr=False)  # whether every parameter is known to take part
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bucket_cap_mb < 1:
+            raise ValueError(f"bucket_cap_mb must be at least 1, got {self.bucket_cap_mb!r}")
 
     @hookimpl(wrapper=True)
     def setup_module(self, run: Run, module: Module) -> Generator[None, Module, Module]:
         module = yield
-        if run.world_size > 1:
-            if self.sync_batchnorm:
-                module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-            if run.purpose == "fit":
-                self._wrap(run, module)
+        if run.world_size == 1:
+            return module
+        if self.sync_batchnorm:
+            if run.device.type == "cpu" and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+                raise ValueError("sync_batchnorm=True: torch has no BatchNorm over ranks for the CPU; leave it out there")
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        if run.purpose == "fit":
+            self._wrap(run, module)
+        if self._ddp is None:
+            same(chain(module.parameters(), module.buffers()))
         return module
 
     def _wrap(self, run: Run, module: Module) -> None:
-        if not any(parameter.requires_grad for parameter in module.parameters()):
+        """Surrounds the training step, for those parameters that are trained now."""
+        self._parameters = list(module.parameters())
+        self._trained = [parameter.requires_grad for parameter in self._parameters]
+        vars(module).pop("training_step", None)
+        self._ddp = None
+        if not any(self._trained):
             return
         buffers: dict[str, Any] = {} if self.broadcast_buffers else {SYNC_BUFFERS: False}
         self._ddp = DistributedDataParallel(
@@ -95,13 +115,14 @@ class Ddp(Ranks):
             bucket_cap_mb=self.bucket_cap_mb,
             **buffers,
         )
-        self._pending, self._checked = False, self.find_unused_parameters
+        self._pending, self._begun, self._checked = False, False, self.find_unused_parameters
         vars(module)["training_step"] = self._through(self._ddp)
 
     def _through(self, ddp: DistributedDataParallel) -> Callable[..., Any]:
         """The training step by way of torch's wrapper; where it complains, parameters have names."""
         names = [name for name, parameter in ddp.module.module.named_parameters() if parameter.requires_grad]
 
+        @functools.wraps(ddp.module.step)  # core asks which arguments it takes
         def training_step(*args: Any) -> Any:
             try:
                 return ddp(*args)
@@ -115,15 +136,34 @@ class Ddp(Ranks):
 
     @hookimpl(wrapper=True)
     def train_batch(self, run: Run) -> Generator[None, Any, Any]:
+        if self._parameters and self._trained != [parameter.requires_grad for parameter in self._parameters]:  # some were unfrozen
+            self._wrap(run, run.module)
         if self._ddp is not None:
             self._pending = not run.window_ends or not run.automatic or len(run.optimizers) > 1
-            self._ddp.require_backward_grad_sync = not self._pending  # what its no_sync() sets
+            first = self.static_graph and not self._begun  # torch looks at a static graph while it exchanges
+            self._begun = self._begun or not run.alone
+            self._ddp.require_backward_grad_sync = (first or not self._pending) and not run.alone  # what its no_sync() sets
+            if run.alone:
+                self._ddp.require_forward_param_sync = False  # which the first step has, whatever no_sync() says
+        return (yield)
+
+    @hookimpl
+    def on_step_skipped(self, run: Run, reason: str) -> None:
+        super().on_step_skipped(run, reason)
+        self._pending = True  # a window whose last batch is skipped has exchanged nothing
+
+    @hookimpl(wrapper=True)
+    def evaluate(self, run: Run) -> Generator[None, Any, Any]:
+        if self._ddp is not None and self.broadcast_buffers and not run.alone:
+            same(run.module.buffers())
         return (yield)
 
     @hookimpl
     def reduce_gradients(self, run: Run, optimizer: Optimizer) -> bool | None:
         if self._ddp is None:
             return None
+        if run.alone:
+            return True
         if self._pending:
             average([parameter for group in optimizer.param_groups for parameter in group["params"]], run.world_size)
             return True
@@ -137,7 +177,16 @@ class Ddp(Ranks):
     @hookimpl
     def teardown(self, run: Run) -> None:
         vars(run.module).pop("training_step", None)
-        self._ddp = None
+        self._ddp, self._parameters = None, []
+
+
+def same(tensors: Iterable[Tensor]) -> None:
+    """Every rank takes the values of rank 0."""
+    for tensor in tensors:
+        values = tensor.detach().contiguous()
+        dist.broadcast(values, 0)
+        if values.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(values)
 
 
 def unused(names: list[str]) -> str:

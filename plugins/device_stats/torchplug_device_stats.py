@@ -22,6 +22,7 @@ class DeviceStats:
     of this process ``process_cpu_percent`` (100 for one core, since the last sample) and ``process_rss_mb`` (RAM that it holds).
     Of the CUDA device of the run ``cuda_allocated_mb`` and ``cuda_reserved_mb`` (what torch's tensors and allocator hold),
     ``cuda_max_allocated_mb`` (the most that tensors held so far), and ``cuda_used_percent`` (all processes together). MB are 10^6 bytes.
+    With several ranks what is logged is the mean over them.
 
     Args:
         cpu_stats: Sample CPU and RAM; False leaves the CUDA device alone, which is nothing in a run without one.

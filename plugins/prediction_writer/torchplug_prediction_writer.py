@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from torchplug import Run, hookimpl
 
@@ -26,8 +27,8 @@ class PredictionWriter:
     write_interval='batch' none of them stays in memory.
 
     A record is a dict of ``predictions`` (what predict_step returned, on the CPU), ``batch_idx``, ``dataloader_idx``, ``rank``
-    and ``samples``: the numbers, from 0, that the samples of the batch have in the order in which this process got them from the
-    loader; for one process and an unshuffled loader these are indices of the data set. A file of 'pt' holds one record, or with
+    and ``samples``: the numbers, from 0, that the samples of the batch have in the order of the loader; for an unshuffled one these
+    are indices of the data set. A file of 'pt' holds one record, or with
     write_interval='epoch' the list of all. It has tensors, numbers, texts, None, lists, tuples and dicts alone, and loads with
     ``torch.load(path, weights_only=True)``. In a file of 'safetensors' each tensor or number of the predictions is a tensor under its
     path, such as ``predictions.logits`` or ``predictions.0``, and the rest of the record is JSON under ``record`` in the metadata;
@@ -38,7 +39,7 @@ class PredictionWriter:
         write_interval: When to write: 'batch' after each batch, in files such as rank0-loader0-batch000012.pt; 'epoch' at the end,
             in one file such as rank0.pt, which keeps everything in memory until then.
         format: What to write: 'pt' (torch.save) or 'safetensors'.
-        overwrite: Delete the predictions that this rank wrote to the folder earlier. False: they are an error.
+        overwrite: Delete the predictions that are in the folder. False: they are an error.
     """
 
     dir: str | os.PathLike[str] | None = None
@@ -70,8 +71,9 @@ class PredictionWriter:
         self.files, self._samples, self._kept = 0, {}, []
         self._folder = run.dir / "predictions" if self.dir is None else Path(self.dir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        own = rf"rank{run.rank}(-loader\d+-batch\d+)?\.(pt|safetensors)"
-        paths = list(self._folder.iterdir())
+        own = r"rank\d+(-loader\d+-batch\d+)?\.(pt|safetensors)"
+        paths, ranks = list(self._folder.iterdir()), max(run.world_size, run.rank + 1)
+        paths = [path for path in paths if (rank := re.match(r"\.?rank(\d+)", path.name)) and int(rank[1]) % ranks == run.rank]
         earlier = [path for path in paths if re.fullmatch(own, path.name)]
         if earlier and not self.overwrite:
             raise FileExistsError(f"{self._folder} holds predictions already; give another dir, or overwrite=True to delete them")
@@ -81,14 +83,15 @@ class PredictionWriter:
 
     @hookimpl
     def on_predict_batch_end(self, run: Run, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
-        first, size = self._samples.get(dataloader_idx, 0), run.metrics.size
-        self._samples[dataloader_idx] = first + size
+        seen, size = self._samples.get(dataloader_idx, 0), run.metrics.size
+        self._samples[dataloader_idx] = seen + size
+        first = seen if run.world_size == 1 else _first(run, batch_idx, dataloader_idx, seen)
         record = {
             "predictions": _plain(outputs, "predictions"),
             "batch_idx": batch_idx,
             "dataloader_idx": dataloader_idx,
             "rank": run.rank,
-            "samples": list(range(first, first + size)),
+            "samples": None if first is None else list(range(first, first + size)),
         }
         if self.write_interval == "epoch":
             self._kept.append(record)
@@ -100,7 +103,8 @@ class PredictionWriter:
         if self.write_interval == "epoch":
             kept, self._kept = self._kept, []
             self._write(f"rank{run.rank}", kept)
-        run.report[run.name_of(self)] = f"{self.files} file{'s' * (self.files > 1)} with predictions in {self._folder}"
+        files = self.files if run.agreement is None else sum(run.agreement.gather(self.files))
+        run.report[run.name_of(self)] = f"{files} file{'s' * (files > 1)} with predictions in {self._folder}"
 
     @hookimpl
     def teardown(self) -> None:
@@ -121,6 +125,15 @@ class PredictionWriter:
         finally:
             temporary.unlink(missing_ok=True)
         self.files += 1
+
+
+def _first(run: Run, batch_idx: int, dataloader_idx: int, seen: int) -> int | None:
+    """The number of a batch's first sample where batches are dealt out to ranks in turn; None where their sizes are not known."""
+    loader = run.loaders["predict"][dataloader_idx]
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):  # each rank has data of its own
+        return seen
+    size = getattr(loader, "batch_size", None)
+    return None if size is None else (batch_idx * run.world_size + run.rank) * int(size)
 
 
 def _save_tensors(record: Any, path: Path) -> None:

@@ -35,7 +35,7 @@ class Throughput:
 
     A rate is taken over a window of steps that ends at the logging step. Waiting for data counts, and so does everything else
     between two batches, but for validation, checkpoints that are written while training waits, and the time from one epoch to
-    the next. The first optimizer step of a run is left out. All of it is of this process.
+    the next. The first optimizer step of a run is left out. With several ranks, samples, tokens and operations are those of all ranks.
 
     With peak_flops it logs flops_per_sec and mfu too: the floating-point operations of the model, forward and backward, as
     `torch.utils.flop_counter` counts those of the first batch while it is trained on, and their share of the peak (Chowdhery
@@ -56,6 +56,7 @@ class Throughput:
     peak_flops: float | None = None
 
     _marks: deque[_Mark] = field(init=False, default_factory=deque, repr=False)
+    _samples: int = field(init=False, default=0, repr=False)  # of this process
     _tokens: Any = field(init=False, default=0, repr=False)  # since the last mark; on the device, if that is where they are counted
     _step: int = field(init=False, default=0, repr=False)  # at the last mark, or where training began
     _paused: float = field(init=False, default=0.0, repr=False)  # seconds that the clock stood still
@@ -103,7 +104,7 @@ class Throughput:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        self._marks, self._tokens, self._flops, self._counter = deque(), 0, None, None
+        self._marks, self._samples, self._tokens, self._flops, self._counter = deque(), 0, 0, None, None
         self._step = run.position.step
         self._paused, self._since = 0.0, None
         self._thread = threading.get_ident()
@@ -143,6 +144,7 @@ class Throughput:
 
     @hookimpl
     def on_train_batch_end(self, run: Run, outputs: Any, batch: Any) -> None:
+        self._samples += run.metrics.size
         if self.tokens is not None:
             self._tokens = self._tokens + self._count(batch)
         if self._counter is not None:
@@ -161,7 +163,7 @@ class Throughput:
         """Notes where the run is, and logs the rates over the window that ends here."""
         now, where, marks = self._now(run), run.position, self._marks
         tokens = (marks[-1].tokens if marks else 0.0) + float(self._tokens)
-        marks.append(_Mark(now, where.step, where.micro_step, where.samples, tokens))
+        marks.append(_Mark(now, where.step, where.micro_step, self._samples, tokens))
         self._step, self._tokens = where.step, 0
         while len(marks) > 2 and where.step - marks[1].step >= self.window_size:
             marks.popleft()
@@ -177,8 +179,9 @@ class Throughput:
             rates["flops"] = self._flops * count
             run.log("throughput/mfu", self._flops * count / seconds / self.peak_flops)
         for name, amount in rates.items():
-            if amount or name != "samples":  # nothing is said of batches whose size is not known
-                run.log(f"throughput/{name}_per_sec", amount / seconds)
+            if name != "samples" or last.samples:  # nothing is said of batches whose size is not known
+                ranks = 1 if name == "steps" else run.world_size  # what is logged is the mean over ranks
+                run.log(f"throughput/{name}_per_sec", ranks * amount / seconds)
 
     def _measured(self, run: Run, outputs: Any) -> None:
         """The first batch is over: what it took is known, unless it was skipped."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")]
 
 Curves = dict[str, list[tuple[int, float]]]
+IMPORTS = ("wandb", "mlflow", "torchplug_tensorboard")
 
 PROGRAM = """
 import sys, time
@@ -57,7 +59,7 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     context = sys.argv[3] or None
     data = TensorDataset(torch.randn(40, 4))
-    workers = {"num_workers": 2, "multiprocessing_context": context} if context else {}
+    workers = {"num_workers": 1 if context == "spawn" else 2, "multiprocessing_context": context} if context else {}
     plugins = ["tensorboard", {"wandb": {"mode": "offline"}}, "mlflow", {"checkpoint": {"every_n_steps": 4}}, Says()]
     trainer = Trainer(max_epochs=3, accumulate_grad_batches=2, val_check_interval=6, log_every_n_steps=1, seed=1, root_dir=sys.argv[1], plugins=plugins)
     trainer.fit(Net(), DataLoader(data, 2, **workers), DataLoader(data, 20), ckpt_path="last")
@@ -66,9 +68,21 @@ if __name__ == "__main__":
 """  # noqa: E501
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that MLflow has made, to be copied: it takes MLflow seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def program(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The program above; what trackers keep for a user is in a folder of the test."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty, tmp_path / "runs")
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "user" / name))
     path = tmp_path / "program.py"
@@ -76,13 +90,16 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def start(program: Path, pause: float = 0.0, context: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, str(program), str(program.parent / "runs"), str(pause), context]
+def start(program: Path, programs: Any, pause: float = 0.0, context: str = "") -> Any:
     with open(program.parent / "output", "a") as output:
-        return subprocess.Popen(command, cwd=program.parent, stdout=subprocess.PIPE, stderr=output, text=True)
+        options = {"cwd": program.parent, "stdout": subprocess.PIPE, "stderr": output}
+        arguments = [str(program.parent / "runs"), str(pause), context]
+        if context == "spawn":  # whose workers import the program
+            return subprocess.Popen([sys.executable, str(program), *arguments], text=True, **options)
+        return programs.start(PROGRAM, *arguments, imports=IMPORTS, **options)
 
 
-def finish(process: subprocess.Popen[str], program: Path) -> None:
+def finish(process: Any, program: Path) -> None:
     process.communicate(timeout=180)
     assert process.returncode == 0, (program.parent / "output").read_text()
 
@@ -183,9 +200,9 @@ def same(program: Path) -> None:
         assert [step for step, _ in points] == sorted(step for step, _ in points)
 
 
-def replay(program: Path) -> None:
-    command = [str(Path(sys.executable).with_name("torchplug")), "replay", str(run_dir(program)), "--to", "tensorboard,wandb,mlflow"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def replay(program: Path, programs: Any) -> None:
+    code = "import sys, torchplug.cli; sys.exit(torchplug.cli.main(sys.argv[1:]))"
+    done = programs.run(code, "replay", run_dir(program), "--to", "tensorboard,wandb,mlflow", imports=IMPORTS)
     assert done.returncode == 0, done.stderr
 
 
@@ -193,36 +210,36 @@ def replay(program: Path) -> None:
 
 
 @pytest.mark.parametrize("context", ["", "fork", "spawn"])
-def test_fit_validate_and_test_are_the_same_everywhere(context: str, program: Path) -> None:
-    finish(start(program, context=context), program)
+def test_fit_validate_and_test_are_the_same_everywhere(context: str, program: Path, programs: Any) -> None:
+    finish(start(program, programs, context=context), program)
     same(program)
-    replay(program)
+    replay(program, programs)
     same(program)
     assert {name.partition("_")[0] for name in recorded(program)} >= {"train/loss", "val/loss", "test/loss", "odd", "even"}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_that_is_killed_and_goes_on_is_the_same_everywhere(seed: int, program: Path) -> None:
+def test_a_run_that_is_killed_and_goes_on_is_the_same_everywhere(seed: int, program: Path, programs: Any) -> None:
     when = random.Random(seed)
     for _ in range(2):
-        kill(start(program, pause=0.02), when.randint(6, 25))
-    finish(start(program), program)
+        kill(start(program, programs, pause=0.02), when.randint(6, 25))
+    finish(start(program, programs), program)
     same(program)
     steps = [step for step, _ in recorded(program)["train/loss_step"]]
     assert steps == list(range(1, 31))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_kill_a_replay_makes_every_logger_equal_to_the_journal(seed: int, program: Path) -> None:
-    last = kill(start(program, pause=0.01), random.Random(seed).randint(6, 28))
+def test_after_a_kill_a_replay_makes_every_logger_equal_to_the_journal(seed: int, program: Path, programs: Any) -> None:
+    last = kill(start(program, programs, pause=0.01), random.Random(seed).randint(6, 28))
     steps = [step for step, _ in recorded(program)["train/loss_step"]]
     assert steps[-1] >= last - 1, "the journal loses nothing that was recorded"
     for _ in range(2):
-        replay(program)
+        replay(program, programs)
         same(program)
 
 
-def kill(process: subprocess.Popen[str], step: int) -> int:
+def kill(process: Any, step: int) -> int:
     """Kills a run when it says that it has reached ``step``, at the latest; the step that it said last."""
     assert process.stdout is not None
     last = 0
@@ -231,16 +248,16 @@ def kill(process: subprocess.Popen[str], step: int) -> int:
         if last >= step:
             os.kill(process.pid, signal.SIGKILL)
             break
-    with process:
-        rest = process.stdout.read().split()
+    rest = process.stdout.read().split()
+    process.wait(60)
     return int(rest[-1]) if rest else last
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
-def test_a_signal_ends_the_run_in_every_logger(number: int, code: int, program: Path) -> None:
+def test_a_signal_ends_the_run_in_every_logger(number: int, code: int, program: Path, programs: Any) -> None:
     from mlflow import MlflowClient
 
-    process = start(program, pause=0.02)
+    process = start(program, programs, pause=0.02)
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= 8:
@@ -253,6 +270,6 @@ def test_a_signal_ends_the_run_in_every_logger(number: int, code: int, program: 
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert run.info.status == "KILLED"
     assert journal(program)[-1]["status"] == "interrupted"
-    finish(start(program), program)  # and goes on in each as the same run
+    finish(start(program, programs), program)  # and goes on in each as the same run
     same(program)
     assert client.get_run(run.info.run_id).info.status == "FINISHED"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import torchplug
 from torchplug import Run, Trainer, hookimpl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 class Counted(Dataset):

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -222,10 +221,13 @@ OFTEN: dict[str, Any] = {"val_check_interval": 3}
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], ids=lambda number: signal.Signals(number).name
+    ("number", "group", "workers"),
+    [
+        *((number, True, 2) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)),
+        *((signal.SIGTERM, False, 0), (signal.SIGUSR1, False, 2), (signal.SIGHUP, True, 0), (signal.SIGINT, False, 2)),
+    ],
+    ids=lambda value: signal.Signals(value).name if isinstance(value, signal.Signals) else None,
 )
-@pytest.mark.parametrize("group", [False, True], ids=["to the process", "to the group"])
-@pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_in_a_step_ends_the_program_soon_with_its_exit_code(
     number: int, group: bool, workers: int, tmp_path: Path, interrupt: Any, processes: Any
 ) -> None:
@@ -234,18 +236,20 @@ def test_a_signal_in_a_step_ends_the_program_soon_with_its_exit_code(
     assert same(job, processes)
 
 
-@pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
 @pytest.mark.parametrize(
-    ("hook", "count", "options", "batch", "step"),
+    ("hook", "count", "options", "batch", "step", "persistent"),
     [
-        ("on_train_start", 1, {}, 0, 0),
-        ("on_train_epoch_start", 2, {}, 1, 8),
-        ("on_validation_start", 2, OFTEN, 6, 6),
-        ("on_validation_batch_start", 2, {}, 7, 7),
-        ("on_validation_batch_start", 2, OFTEN, 3, 3),
-        ("on_validation_batch_start", 2, {**OFTEN, "accumulate_grad_batches": 2}, 4, 2),
-        ("on_train_batch_end", 4, WINDOWS, 6, 2),
-        ("on_train_batch_end", 6, WINDOWS, 6, 2),
+        ("on_train_start", 1, {}, 0, 0, False),
+        ("on_train_epoch_start", 2, {}, 1, 8, False),
+        ("on_train_epoch_start", 2, {}, 1, 8, True),
+        ("on_validation_start", 2, OFTEN, 6, 6, True),
+        ("on_validation_batch_start", 2, {}, 7, 7, False),
+        ("on_validation_batch_start", 2, OFTEN, 3, 3, False),
+        ("on_validation_batch_start", 2, OFTEN, 3, 3, True),
+        ("on_validation_batch_start", 2, {**OFTEN, "accumulate_grad_batches": 2}, 4, 2, True),
+        ("on_train_batch_end", 4, WINDOWS, 6, 2, False),
+        ("on_train_batch_end", 4, WINDOWS, 6, 2, True),
+        ("on_train_batch_end", 6, WINDOWS, 6, 2, False),
     ],
 )
 def test_workers_outlive_a_signal_to_the_group_and_the_step_gets_the_batches_that_it_needs(
@@ -411,7 +415,6 @@ def test_a_run_after_an_interrupted_one_in_the_same_process_has_workers_like_any
 
 
 PROGRAM = """
-import sys
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchplug import Module, Trainer, hookimpl
@@ -449,24 +452,17 @@ finally:
     ],
 )
 def test_a_program_with_the_standard_plugins_ends_as_the_signal_asks_it_to(
-    names: list[str], code: int, saved: bool, tmp_path: Path
+    names: list[str], code: int, saved: bool, tmp_path: Path, programs: Any
 ) -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert program.stdin is not None and program.stdout is not None
-    try:
-        while "here" not in program.stdout.readline():
-            assert program.poll() is None
-        for number, name in enumerate(names):
-            if number:  # the one before has to have been heard: two that wait are one
-                time.sleep(0.5)
-            program.send_signal(getattr(signal, name))
-        sent = time.monotonic()
-        output, errors = program.communicate("\n", timeout=60)
-    finally:
-        program.kill()
+    program = programs.start(PROGRAM, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "here" not in program.stdout.readline():
+        assert program.poll() is None
+    for number, name in enumerate(names):
+        if number:  # the one before has to have been heard: two that wait are one
+            time.sleep(0.5)
+        program.send_signal(getattr(signal, name))
+    sent = time.monotonic()
+    output, errors = program.communicate("\n", timeout=60)
     assert program.returncode == code, errors
     assert "left" in output and time.monotonic() - sent < SOON
     assert ("KeyboardInterrupt" in errors) is (names[0] == "SIGINT")

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import torchplug.run
 import torchplug_checkpoint
 from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.checkpoint import CheckpointError, load, verify
@@ -338,10 +339,9 @@ def test_a_step_that_the_end_of_the_loader_brought_is_counted_too(tmp_path):
 
 @pytest.fixture
 def minutes(monkeypatch):
-    """A module whose training step takes a minute on the plugin's clock."""
+    """A module whose training step takes a minute on the clock of the run."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    for module in (torchplug_checkpoint.checkpoint, torchplug_checkpoint.saver):
-        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(torchplug.run, "time", clock)
 
     class Minutes(Scripted):
         def on_fit_start(self):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from enum import Enum
@@ -342,15 +341,14 @@ Trainer(max_epochs=10**9, log_every_n_steps=1, root_dir=sys.argv[1], plugins=["j
 """
 
 
-def test_a_killed_process_loses_no_record(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with child:
-        for line in child.stdout:
-            if int(line) >= 50:
-                break
-        os.kill(child.pid, signal.SIGKILL)
-        written = int((child.stdout.read().rpartition("\n")[0] or line).split()[-1])
-    assert child.returncode == -signal.SIGKILL
+def test_a_killed_process_loses_no_record(tmp_path, programs):
+    child = programs.start(KILLED, tmp_path, stdout=subprocess.PIPE)
+    for line in child.stdout:
+        if int(line) >= 50:
+            break
+    child.kill()
+    written = int((child.stdout.read().rpartition("\n")[0] or line).split()[-1])
+    assert child.wait(60) == -signal.SIGKILL
     (folder,) = tmp_path.glob("*/version_0")
     records = read(folder)
     assert [record["n"] for record in records] == list(range(len(records)))

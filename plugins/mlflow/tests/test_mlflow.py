@@ -506,13 +506,19 @@ def fit_until(step, root, uri=None):
     t.fit(Net(), loader(), loader(), ckpt_path=None if step else "last")
 
 
-def in_a_process(code, **options):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_mlflow; test_mlflow.{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options)
+@pytest.fixture
+def in_a_process(programs):
+    """Calls a function of this file in a process of its own."""
+
+    def run(code):
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_mlflow; test_mlflow.{code}"
+        return programs.run(code, imports=["mlflow", "hypothesis", "pytest"])
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_and_resumed_has_each_point_once(tmp_path):
+def test_a_run_that_was_killed_and_resumed_has_each_point_once(tmp_path, in_a_process):
     assert in_a_process(f"fit_until(7, {str(tmp_path)!r})").returncode == -signal.SIGKILL
     run_dir = tmp_path / "Net" / "version_0"
     run_id = (run_dir / "id").read_text()
@@ -592,7 +598,7 @@ def fit_signalled(root):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_terminated_has_everything_and_the_status(tmp_path):
+def test_a_run_that_is_terminated_has_everything_and_the_status(tmp_path, in_a_process):
     done = in_a_process(f"fit_signalled({str(tmp_path)!r})")
     (folder,) = (tmp_path / "Signalled").iterdir()
     ended = read(folder)[-1]
@@ -787,7 +793,7 @@ def fit_once(root):
 
 
 @pytest.mark.slow
-def test_processes_that_begin_at_once_in_a_new_directory_do_not_disturb_each_other(tmp_path):
+def test_processes_that_begin_at_once_in_a_new_directory_do_not_disturb_each_other(tmp_path, in_a_process):
     (tmp_path / "mlflow.db").unlink()
     dones = []
     threads = [threading.Thread(target=lambda: dones.append(in_a_process(f"fit_once({str(tmp_path)!r})"))) for _ in range(3)]
@@ -817,8 +823,8 @@ def test_two_trainers_by_turns_do_not_share_anything(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_workers_of_a_loader_neither_hang_nor_write(tmp_path, method):
     data = TensorDataset(torch.arange(12.0).reshape(-1, 2))
-    t = trainer(tmp_path, max_epochs=2)
-    t.fit(Net(), DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method), loader())
+    t = trainer(tmp_path, max_epochs=2 if method == "fork" else 1)  # each of them imports torch
+    t.fit(Net(), DataLoader(data, batch_size=2, num_workers=2 if method == "fork" else 1, multiprocessing_context=method), loader())
     assert Found(tmp_path, t.run.id).points() == expected(t.run.dir)
 
 
@@ -959,7 +965,7 @@ def test_a_call_to_a_server_that_does_not_answer_is_given_up_soon(tmp_path, list
     assert errors, "it is still trying"
 
 
-STEPS = 80
+STEPS = 50
 
 
 class Watch:
@@ -1007,11 +1013,19 @@ class Errors(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The weights after a run without a logger, and how long it took."""
+    _, parameters, _, seconds = long_fit(tmp_path_factory.mktemp("plain"), [])
+    return parameters, seconds
+
+
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("outage", ["absent", "killed", "restarted", "stopped", "continued", "errors"])
-def test_an_outage_of_the_server_costs_nothing(server, tmp_path, outage):
+def test_an_outage_of_the_server_costs_nothing(server, plain, tmp_path, outage):
     close_timeout = 25.0 if outage in ("restarted", "continued") else 3.0
-    _, plain, _, alone = long_fit(tmp_path / "plain", [])
+    weights, alone = plain
     uri, other, waited = server.uri, None, []
 
     def restart():
@@ -1020,10 +1034,10 @@ def test_an_outage_of_the_server_costs_nothing(server, tmp_path, outage):
         waited.append(time.monotonic() - begin)
 
     actions = {
-        "killed": {20: server.kill},
-        "restarted": {20: server.kill, 60: restart},
-        "stopped": {20: lambda: server.signal(signal.SIGSTOP)},
-        "continued": {20: lambda: server.signal(signal.SIGSTOP), 60: lambda: server.signal(signal.SIGCONT)},
+        "killed": {15: server.kill},
+        "restarted": {15: server.kill, 40: restart},
+        "stopped": {15: lambda: server.signal(signal.SIGSTOP)},
+        "continued": {15: lambda: server.signal(signal.SIGSTOP), 40: lambda: server.signal(signal.SIGCONT)},
     }.get(outage, {})
     if outage == "absent":
         server.kill()
@@ -1039,7 +1053,7 @@ def test_an_outage_of_the_server_costs_nothing(server, tmp_path, outage):
             other.shutdown()
             other.server_close()
         server.signal(signal.SIGCONT) if server.process is not None else server.start()
-    assert all(torch.equal(one, another) for one, another in zip(parameters, plain, strict=True))
+    assert all(torch.equal(one, another) for one, another in zip(parameters, weights, strict=True))
     assert max(watch.seconds) < 0.05 and len(watch.seconds) == STEPS
     assert seconds - sum(waited) < alone + close_timeout + 3.0
     records = read(run.dir)

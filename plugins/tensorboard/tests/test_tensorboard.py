@@ -763,6 +763,7 @@ class Busy(Net):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_full_disk_costs_training_nothing_and_a_replay_makes_it_good(tmp_path, disk, caplog):
     folder, grow = disk
     data = DataLoader(TensorDataset(torch.ones(1200, 2)), batch_size=2)
@@ -777,13 +778,13 @@ def test_a_full_disk_costs_training_nothing_and_a_replay_makes_it_good(tmp_path,
     _, alone, _ = run(tmp_path / "alone", ["journal"])
     for attempt in range(3):  # other programs may make a step wait too
         caplog.clear()
-        t, net, took = run(tmp_path / f"full {attempt}", [{"tensorboard": {"dir": folder / str(attempt), "close_timeout": 10}}])
+        t, net, took = run(tmp_path / f"full {attempt}", [{"tensorboard": {"dir": folder / str(attempt), "close_timeout": 5}}])
         waits = sorted(later - earlier for earlier, later in itertools.pairwise(net.begun))
         if waits[-1] < 0.05:
             break
     assert waits[-1] < 0.05, waits[-5:]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(net.parameters(), alone.parameters(), strict=True))
-    assert took < (alone.begun[-1] - alone.begun[0]) * 2 + 10
+    assert took < (alone.begun[-1] - alone.begun[0]) * 2 + 5
     assert caplog.text.count("tensorboard takes nothing at present") == 1 and "No space left on device" in caplog.text
     assert f"torchplug replay {shlex.quote(str(t.run.dir))} --to tensorboard" in t.run.report["tensorboard"]
     records = [json.loads(line) for line in (t.run.dir / "journal.jsonl").read_text().splitlines()]

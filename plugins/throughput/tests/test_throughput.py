@@ -410,19 +410,20 @@ def test_what_a_cuda_device_still_has_to_do_counts(monkeypatch: pytest.MonkeyPat
         clock.now += 5.0 if asked == device else 100.0
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    run: Any = SimpleNamespace(device=device, position=SimpleNamespace(step=0, micro_step=0, samples=0), logged={})
+    run: Any = SimpleNamespace(device=device, position=SimpleNamespace(step=0, micro_step=0), logged={}, world_size=1)
+    run.metrics = SimpleNamespace(size=16)
     run.options, run.log = SimpleNamespace(log_every_n_steps=1), run.logged.__setitem__
     plugin.on_train_start(run)
     for step in (1, 2):
         clock.now += 3.0
-        run.position.step, run.position.samples = step, 16 * step
+        run.position.step = step
         plugin.on_train_batch_end(run, None, None)
     assert run.logged == {"throughput/samples_per_sec": 2.0, "throughput/steps_per_sec": 1 / 8}
     plugin.on_train_epoch_end(run)  # 5 s of training are still to be done
     for _ in plugin.on_train_epoch_start():
         clock.now += 1000.0
     clock.now += 3.0
-    run.position.step, run.position.samples = 3, 48
+    run.position.step = 3
     plugin.on_train_batch_end(run, None, None)
     assert run.logged["throughput/samples_per_sec"] == 32 / (8 + 5 + 8)
 

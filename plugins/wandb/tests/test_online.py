@@ -349,9 +349,15 @@ print(json.dumps({"seconds": time.perf_counter() - begin, "report": t.run.report
 """
 
 
-def child(tmp_path, close_timeout=30.0):
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path), str(close_timeout)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def child(tmp_path, programs):
+    """Starts `PROGRAM`."""
+
+    def start(close_timeout=30.0):
+        arguments = str(Path(__file__).parent), str(tmp_path), str(close_timeout)
+        return programs.start(PROGRAM, *arguments, imports=["wandb", "pytest"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
 
 
 def wait_for(what, seconds=60.0):
@@ -362,8 +368,8 @@ def wait_for(what, seconds=60.0):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_is_made_up_for(server, tmp_path):
-    process = child(tmp_path)
+def test_a_run_that_was_killed_is_made_up_for(server, tmp_path, child):
+    process = child()
     run_dir = tmp_path / "runs" / "Slow" / "version_0"
     wait_for(lambda: (run_dir / "journal.jsonl").exists() and len(journal(run_dir)) > 15)
     process.send_signal(signal.SIGKILL)
@@ -376,15 +382,16 @@ def test_a_run_that_was_killed_is_made_up_for(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_in_mid_run_costs_no_more_than_close_timeout(server, tmp_path):
-    process = child(tmp_path, 8.0)
+@pytest.mark.alone
+def test_a_server_that_stops_in_mid_run_costs_no_more_than_close_timeout(server, tmp_path, child):
+    process = child(4.0)
     run_dir = tmp_path / "runs" / "Slow" / "version_0"
     wait_for(lambda: (run_dir / "journal.jsonl").exists() and len(journal(run_dir)) > 15)
     server.stop()
     stopped = time.perf_counter()
     out, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
-    assert time.perf_counter() - stopped < 2.0 + 8.0 + 5.0
+    assert time.perf_counter() - stopped < 2.0 + 4.0 + 5.0
     assert "torchplug replay" in json.loads(out.splitlines()[-1])["report"]["wandb"]
     server.start()
     replay(run_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -151,6 +150,7 @@ class Checkpoint:
             weights_only=self.save_weights_only,
             leads=judges[:1] == [self],  # with several monitors, the first one says what the run's best is
             why_gone=f"no longer among the {self.top_k} {'newest' if self.monitor is None else 'best'}",
+            now=lambda: run.seconds,
         )
 
     @hookimpl
@@ -159,13 +159,12 @@ class Checkpoint:
         for name, other in _instances(run).items():
             if other is not self and other._the_saver.store.place == saver.store.place:
                 raise ValueError(f"{saver.name!r} and {name!r} would both write into {saver.store.place!r}; give each a dir of its own")
-        saver.store.prepare(run)
         saver.reconcile(run)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
         self._trains = True
-        self._the_saver.clock = time.monotonic() - self._since
+        self._the_saver.clock = run.seconds - self._since
         if self._loaded:
             run.at_boundary(lambda: self._the_saver.finish_owed(run))
         if self.monitor not in run.metrics:  # serials begin anew where metrics were not resumed
@@ -176,7 +175,8 @@ class Checkpoint:
 
     @hookimpl
     def on_train_batch_end(self, run: Run) -> None:
-        self._the_saver.check(run)
+        if run.agreement is None:  # several ranks do not talk at every step
+            self._the_saver.check(run)
         if run.position.step != self._step and self._due(run):  # never within an accumulation window
             self._save(run, None)
 
@@ -221,7 +221,8 @@ class Checkpoint:
             return
         name = LAST
         if not self.last:  # a name that needs no metric will do
-            name = saver.free(run, filled(self.filename if self._seen >= 0 or self.monitor is None else DEFAULT, run))
+            template = self.filename if self._seen >= 0 or self.monitor is None else DEFAULT
+            name = saver.decided(run, lambda: saver.free(run, filled(template, run)))
         saver.put_off(run, Save(name, self.last, f"interrupted by {run.interrupted}", counted=False, behind=False))
 
     def _fresh(self, run: Run) -> float | None:
@@ -242,7 +243,7 @@ class Checkpoint:
         self._step = step
         if every is not None and step // every != before // every:
             return True
-        return self._seconds is not None and time.monotonic() - self._the_saver.clock >= self._seconds
+        return self._seconds is not None and run.seconds - self._the_saver.clock >= self._seconds
 
     def _save(self, run: Run, value: float | None, final: bool = False) -> None:
         """All that one event does: at most one file, which is `last` too, and what lost its place goes."""
@@ -252,11 +253,14 @@ class Checkpoint:
         place = books.place(score)
         if place is None and not self.last:
             return
-        if self.last:
-            saver.keep_foreign(run)
-        name, reason = LAST, "last"
+
+        def named() -> str:
+            if self.last:
+                saver.keep_foreign(run)
+            return LAST if place is None else saver.free(run, filled(self.filename, run))
+
+        name, reason = saver.decided(run, named), "last"
         if place is not None:
-            name = saver.free(run, filled(self.filename, run))
             reason = ("newest" if self.monitor is None else "top_k" if place else "best") + " and last" * self.last
         metrics = {} if self.monitor is None or value is None else {self.monitor: value}
         save = Save(name, self.last, reason, metrics, behind=self.background and not final)  # no training is behind the final one
@@ -266,8 +270,8 @@ class Checkpoint:
 
     @hookimpl
     def on_exception(self, run: Run, exception: BaseException) -> None:
-        if not self.save_on_exception or not self._trains or not isinstance(exception, Exception):  # who pressed Ctrl-C twice is in a hurry
-            return
+        if run.rank or not self.save_on_exception or not self._trains or not isinstance(exception, Exception):
+            return  # who pressed Ctrl-C twice is in a hurry
         try:
             self._the_saver.emergency(run, exception)
         except Exception as error:  # the run has an error already, and that is the one to be seen
@@ -300,7 +304,7 @@ class Checkpoint:
             return None
         from torchplug_checkpoint.remote import put
 
-        return put(run, str(path), state)
+        return put(run, str(path), state) if run.rank == 0 else str(path)
 
     @hookimpl
     def load_checkpoint(self, path: Path | str) -> dict[str, Any] | None:
@@ -321,7 +325,7 @@ class Checkpoint:
             "ranked_by": [self.monitor, self.mode],
             "seen": self._seen,
             "step": self._step,
-            "since": time.monotonic() - self._saver.clock if self._seconds is not None and self._saver is not None else 0.0,
+            "since": self._saver.now() - self._saver.clock if self._seconds is not None and self._saver is not None else 0.0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

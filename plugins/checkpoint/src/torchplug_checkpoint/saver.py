@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchplug import Run
+from torchplug.sharded import local
 from torchplug_checkpoint.books import Books, Save
 from torchplug_checkpoint.names import LAST, SUFFIX, emergency
 from torchplug_checkpoint.store import Store
@@ -31,6 +32,9 @@ class Saver:
     then renamed), its second name, then what lost its place is deleted. What a state says is owed is finished by the run that
     goes on from it.
 
+    Of several ranks the first one alone touches the folder. What it finds there, and what went wrong, all others learn, so that
+    each of them has the same books, and takes part in the same states of the run.
+
     Args:
         name: The instance's name, which keys its state.
         books: What is kept.
@@ -40,6 +44,7 @@ class Saver:
         weights_only: Whether a file holds just what it takes to use the module.
         leads: Whether the best of this instance is the best of the run.
         why_gone: What is told of a file that lost its place.
+        now: The clock of the run, in seconds.
     """
 
     name: str
@@ -50,16 +55,28 @@ class Saver:
     weights_only: bool
     leads: bool
     why_gone: str
+    now: Callable[[], float]
 
     best_path: Path | str | None = None
     best_score: float | None = None
     last_path: Path | str | None = None
-    clock: float = field(default_factory=time.monotonic)  # when the last save was
+    clock: float = field(init=False)  # when the last save was
 
     def __post_init__(self) -> None:
         self._copy = HostCopy()
-        self._job: tuple[Save, Future[Any]] | None = None
+        self.clock = self.now()
+        self._job: tuple[Save, Future[Any] | None] | None = None  # what is being written; the writer's part is that of rank 0
         self._saved: tuple[int, list[Tensor]] | None = None  # tells what was saved last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process that did not do the run gets to see of it."""
+        return {name: getattr(self, name) for name in ("best_path", "best_score", "last_path")}
+
+    def decided(self, run: Run, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives on rank 0, on all ranks; its error is one on all of them. After an error in a run each is alone."""
+        if run.agreement is not None:
+            return run.from_rank_0(make)
+        return make() if run.rank == 0 else None
 
     # ------------------------------------------------------------------ a save, from the decision to the announcement
 
@@ -74,22 +91,37 @@ class Saver:
         try:
             self._take(run, save)
             state = self._state(run)
-            if save.behind:
-                copy = self._copy.take(state)
-                self._job = save, self.writer().submit(partial(self._put, run, save, copy, self.books.gone(save), self._copy))
-                return
-            self.writer().drain()
-            self._put(run, save, state, self.books.gone(save))
+            jobs: list[Future[Any]] = []
+
+            def write() -> None:
+                gone = self.books.gone(save)
+                if save.behind:
+                    jobs.append(self.writer().submit(partial(self._put, run, save, self._copy.take(state), gone, self._copy)))
+                else:
+                    self.writer().drain()
+                    self._put(run, save, state, gone)
+
+            self._in_turn(run, write)
         except BaseException:
             self._saved = None
             self.books.cancel(save)
             raise
-        self.clock = time.monotonic()
+        if save.behind:
+            self._job = save, jobs[0] if jobs else None
+            return
+        self.clock = self.now()
         self._finish(run, save)
+
+    def _in_turn(self, run: Run, write: Callable[[], Any]) -> None:
+        """Rank 0 writes, or all ranks together; then an error is that of rank 0, which all of them have."""
+        if run.together and run.rank:
+            with suppress(Exception):
+                write()
+        self.decided(run, write)
 
     def _take(self, run: Run, save: Save) -> None:
         """Notes where the run stands; this is a part of the state that is taken next."""
-        self._saved, self.clock = _fingerprint(run), time.monotonic()
+        self._saved, self.clock = _fingerprint(run), self.now()
         self._note(save, self._where(run))
 
     def _note(self, save: Save, at: list[int]) -> None:
@@ -108,6 +140,8 @@ class Saver:
         if copy is not None:
             copy.ready()
         run.hooks.save_checkpoint(run, self.store.path(LAST if save.last else save.name), state)
+        if run.rank:  # it wrote its part
+            return
         if save.last and save.name != LAST:
             self.store.copy(LAST, save.name)
         for name in gone:
@@ -122,16 +156,24 @@ class Saver:
         if self._job is None:
             return
         save, future = self._job
-        error = future.exception()
-        self._job = None
-        if error is not None:
+        if run.rank and future is not None:
+            future.exception()  # rank 0 has the same error
+        try:
+            self.decided(run, lambda: None if future is None else future.result())
+        except Exception:
+            self._job = None
             self.books.cancel(save)
-            raise error
-        self._finish(run, save)
+            raise
+        self._job = None
+        if run.rank == 0 or run.agreement is not None:
+            self._finish(run, save)
 
     def check(self, run: Run) -> None:
-        """Raises the error of a write that has failed; one that is still going on is left alone."""
-        if self._job is not None and self._job[1].done() and self._job[1].exception() is not None:
+        """Raises the error of a write that has failed; one that is still going on is left alone. All ranks are here."""
+        if self._job is None:
+            return
+        future = self._job[1]
+        if self.decided(run, lambda: future is not None and future.done() and future.exception() is not None):
             self.settle(run)
 
     def _finish(self, run: Run, save: Save) -> None:
@@ -191,15 +233,13 @@ class Saver:
     # ------------------------------------------------------------------ a run that goes on
 
     def reconcile(self, run: Run) -> None:
-        """Compares the books that were loaded with the folder."""
+        """Makes the folder, and compares the books that were loaded with it."""
         books = self.books
         source = None if run.resumed is None else self.store.name_of(run.resumed)
         if source is not None and source != LAST and source not in books.protected:
             books.protected.append(source)
-        there = self.store.names()
-        mine = [kept.name for kept in books.kept if kept.name in there]
-        header = self.store.header(mine[0]) if mine else None
-        if header is not None and header["run"]["id"] != run.id:  # only a part of a checkpoint was taken over: this is another run
+        there, others = self.decided(run, partial(self._look, run, source))
+        if others:  # only a part of a checkpoint was taken over: this is another run
             books.forget()
         lost = books.lose(there)
         if lost:
@@ -208,19 +248,29 @@ class Saver:
         self.last_path = None if newest is None else self.store.path(newest)
         self._show(run)
 
+    def _look(self, run: Run, source: str | None) -> tuple[list[str], bool]:
+        """Which of the files that matter are there, and whether those that are kept are another run's."""
+        self.store.prepare(run)
+        there, kept = self.store.names(), [kept.name for kept in self.books.kept]
+        mine = [name for name in kept if name in there]
+        header = self.store.header(mine[0]) if mine else None
+        found = [name for name in (*kept, self.books.newest, source) if name is not None and name in there]
+        return found, header is not None and header["run"]["id"] != run.id
+
     def finish_owed(self, run: Run) -> None:
         """Does what the process that is gone had decided and not done; it is called where the state is that of then."""
         here = self._where(run)
         for save in list(self.books.owed):
             self._note(save, save.at or here)
-            if not self._make_up_for(run, save, here):
-                self.books.cancel(save)
-                self.books.lose(self.store.names())
-                run.say_once(f"plugin {self.name!r}: {save.name} was being written when the process ended, and is lost")
-                break
-            for name in self.books.gone(save):
-                if self._before_now(run, name):
-                    self.store.remove(name)
+            if self.decided(run, partial(self._must_write, run, save, here)):
+                if save.at != here:
+                    self.books.cancel(save)
+                    self.books.lose(self.decided(run, self.store.names))
+                    run.say_once(f"plugin {self.name!r}: {save.name} was being written when the process ended, and is lost")
+                    break
+                write = partial(self._put, run, save, self._state(run), [])
+                self._in_turn(run, write)
+            self.decided(run, partial(self._clear, run, self.books.gone(save)))
             if save.behind and save is self.books.owed[-1]:  # it is told when it would have been told
                 done: Future[Any] = Future()
                 done.set_result(None)
@@ -231,21 +281,24 @@ class Saver:
         if self.books.at is not None and self.books.at[3] == run.position.micro_step:
             self._saved = _fingerprint(run)
 
-    def _make_up_for(self, run: Run, save: Save, here: list[int]) -> bool:
-        """Makes the files of a save complete; False if its state is past and was not written."""
+    def _must_write(self, run: Run, save: Save, here: list[int]) -> bool:
+        """Makes the files of a save complete, if one of them is there; whether none is."""
         at = save.at or here
         last, named = not save.last or self._is(run, LAST, at), self._is(run, save.name, at)
         if last and named:
-            return True
+            return False
         if save.last and last:
             self.store.copy(LAST, save.name)
         elif save.last and named:
             self.store.copy(save.name, LAST)
-        elif at != here:
-            return False
         else:
-            self._put(run, save, self._state(run), [])
-        return True
+            return True
+        return False
+
+    def _clear(self, run: Run, gone: list[str]) -> None:
+        for name in gone:
+            if self._before_now(run, name):
+                self.store.remove(name)
 
     def _is(self, run: Run, name: str, at: list[int]) -> bool:
         """Whether a file holds the state of the moment ``at`` of this run."""
@@ -267,13 +320,14 @@ class Saver:
 
     def holds(self, run: Run) -> bool:
         """Whether the present state is the one that was saved last."""
-        if self._saved is None:
-            return False
-        (batches, values), now = self._saved, _fingerprint(run)
-        return batches == now[0] and all(map(torch.equal, values, now[1]))
+        held = False
+        if self._saved is not None:
+            (batches, values), now = self._saved, _fingerprint(run)
+            held = batches == now[0] and all(map(torch.equal, values, now[1]))
+        return held if run.agreement is None else all(run.agreement.gather(held))
 
     def emergency(self, run: Run, exception: BaseException) -> None:
-        """Writes the state in which an error left the run, apart from everything else."""
+        """Writes the state in which an error left the run, apart from everything else. Other ranks have no part in it."""
         name = self.free(run, emergency(run), replace=False)
         state = {**self._state(run), "emergency": f"{type(exception).__name__}: {exception}"}
         run.hooks.save_checkpoint(run, self.store.path(name), state)
@@ -287,4 +341,5 @@ def _fingerprint(run: Run) -> tuple[int, list[Tensor]]:
     A plugin may change the module when training has ended (averaged weights), and the newest checkpoint must have that.
     """
     tensors = (*run.module.parameters(), *run.module.buffers())
-    return run.position.micro_step, [each.detach().reshape(-1)[:: 1 + each.numel() // 1000].clone() for each in tensors]
+    own = [local(each.detach()).reshape(-1) for each in tensors]
+    return run.position.micro_step, [each[:: 1 + each.numel() // 1000].clone() for each in own]

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchplug import Run
+from torchplug import Run, sharded
 from torchplug.checkpoint import CheckpointError, header, replacing, sweep
+from torchplug.files import remove
 
 __all__ = ["Local", "Store", "is_url", "open_store"]
 
@@ -104,6 +105,9 @@ class Local:
 
     def copy(self, name: str, other: str) -> None:
         source = self.path(name)
+        if source.is_dir():  # ranks wrote it together
+            sharded.copy(source, self.path(other))
+            return
         with replacing(self.path(other)) as temporary:
             temporary.unlink(missing_ok=True)
             try:
@@ -116,12 +120,12 @@ class Local:
         self.path(name).rename(self.path(other))
 
     def remove(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        remove(self.path(name))
 
     def ages(self) -> list[tuple[float, str]]:
         found = []
         for entry in os.scandir(self.folder) if self.folder.is_dir() else ():
             with suppress(FileNotFoundError):  # one that has just been deleted
-                if entry.is_file():
+                if entry.is_file() or sharded.is_sharded(Path(entry.path)):
                     found.append((entry.stat().st_mtime_ns / 1e9, entry.name))
         return found
