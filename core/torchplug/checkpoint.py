@@ -25,11 +25,24 @@ from torch import Tensor
 
 from torchplug import sharded
 from torchplug.codec import CheckpointError, Encoder, decode, plain
-from torchplug.files import replacing, sweep
+from torchplug.files import remove, replacing, sweep
 from torchplug.layout import FORMAT, WRONG, Entry, Layout, place, put_header, read_header
 from torchplug.outflow import BLOCK, Outflow
 
-__all__ = ["CheckpointError", "Entry", "entries_in", "header", "load", "plain", "replacing", "sweep", "verify", "weights", "write"]
+__all__ = [
+    "CheckpointError",
+    "Entry",
+    "entries_in",
+    "header",
+    "load",
+    "plain",
+    "remove",
+    "replacing",
+    "sweep",
+    "verify",
+    "weights",
+    "write",
+]
 
 CHUNK = 1 << 20  # bytes that are read and summed up while they are in the processor's cache
 SUM = (1 << 32) - 1  # no checksum has more digits

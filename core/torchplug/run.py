@@ -226,11 +226,14 @@ class Run:
         """Sets the clock: so much time has passed since the run started."""
         self._started = time.monotonic() - seconds
 
+    def lengths(self, stage: str) -> list[int | None]:
+        """How many batches each loader of ``stage`` has, None for one that does not tell."""
+        return [length(loader) for loader in self.loaders[stage]]
+
     def count_batches(self, stage: str) -> int | None:
         """The batches of all loaders of ``stage`` that are used, None if one of them does not tell."""
         total = 0
-        for loader, limit in zip(self.loaders[stage], self.limits[stage], strict=True):
-            count = length(loader)
+        for count, limit in zip(self.lengths(stage), self.limits[stage], strict=True):
             if count is None:  # a limit alone says only how many there are at most
                 return None
             total += count if limit is None else min(count, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,9 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from torchplug import Module, Run, hookimpl, map_batch
+from torchplug import Module, Run, duration, hookimpl, map_batch
 from torchplug.checkpoint import CheckpointError
-from torchplug.data import length
 from torchplug.distributed import Ranks
-from torchplug.options import closest, duration
 from torchplug.sharded import parts, whole, write
 
 __all__ = ["Fsdp"]
@@ -294,7 +293,7 @@ class Fsdp(Ranks):
         """Ranks tell each other how many batches they have. Where that is not known, parameters are whole for all of the evaluation."""
         assert run.agreement is not None
         same(run.module.buffers(), run.device)
-        counts = [length(loader) for loader in run.loaders["validate" if stage == "sanity" else stage]]
+        counts = run.lengths("validate" if stage == "sanity" else stage)
         pairs = zip(counts, run.limits[stage], strict=True)
         own: list[Any] = [count if count is None or limit is None else min(count, limit) for count, limit in pairs]
         ranks = run.agreement.gather(own)
@@ -390,7 +389,8 @@ def _of_classes(module: nn.Module, names: Sequence[str], option: str) -> list[nn
     there = sorted({name for name, _ in layers})
     for name in names:
         if name not in there:
-            hint = closest(name, there) or f"; there are {', '.join(there) or 'none'}"
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(there) or 'none'}"
             raise ValueError(f"{option}: {type(module).__name__} has no layer of class {name!r}{hint}")
     return [each for name, each in layers if name in names]
 

@@ -14,7 +14,6 @@ import torch
 from torchplug import Run, hookimpl
 from torchplug.distributed import STARTED, RankFailed
 from torchplug.launching import Done, Task
-from torchplug.options import check_fields
 
 __all__ = ["Ray"]
 
@@ -39,9 +38,6 @@ class Ray:
     storage_path: str | None = None
 
     before = ("ddp", "fsdp", "*")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @hookimpl
     def launch(self, run: Run, main: Task) -> Done | None:

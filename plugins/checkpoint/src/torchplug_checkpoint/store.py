@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torchplug import Run, sharded
-from torchplug.checkpoint import CheckpointError, header, replacing, sweep
-from torchplug.files import remove
+from torchplug.checkpoint import CheckpointError, header, remove, replacing, sweep
 
 __all__ = ["Local", "Store", "is_url", "open_store"]
 
