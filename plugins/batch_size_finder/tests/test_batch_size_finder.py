@@ -562,6 +562,7 @@ class Probe:
 
     def __init__(self, fuse: Fuse) -> None:
         self.fuse, self.seen = fuse, []
+        self.held: list[Any] = []  # so that nothing new gets the place of something old
 
     @hookimpl(wrapper=True)
     def on_run_start(self, run: Any) -> Any:
@@ -580,6 +581,7 @@ class Probe:
         loader = run.loaders["train"][0]
         place = loader.generator, loader.sampler.generator.get_state().tolist(), loader._iterator
         rest = [plain(optimizers), plain(schedulers), position, options, place, dict(run.metrics.results()), run.stop_reason, run.limits]
+        self.held += [run.stream, loader, *run.optimizers, *run.schedulers]
         same = [id(each) for each in (run.stream, loader, *run.optimizers, *run.schedulers)]
         self.seen.append((everything(run.module, *plugins), copy.deepcopy(rest), same))
 

@@ -470,6 +470,7 @@ FAST = {("", "one after the other", True), ("accumulation", "cosine", True), ("1
     ("options", "name", "groups"),
     [pytest.param(*each, marks=() if each in FAST else pytest.mark.slow) for each in itertools.product(OPTIONS, SCHEDULERS, (False, True))],
 )
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch's SequentialLR in older versions
 def test_the_fit_is_the_one_that_would_have_begun_with_the_rate(name, groups, options, tmp_path):
     def fit(lr, *plugins):
         torch.manual_seed(3)
