@@ -234,6 +234,7 @@ def test_what_cannot_be_pickled_is_forked_unless_spawn_is_asked_for(caplog: pyte
         pass
 
     ranks = Ranks()
+    caplog.set_level(logging.INFO, "torchplug")
     method, _ = ranks._packed(torchplug.launching.Task(trainer(world=1), Local()), tmp_path / "task")  # type: ignore[arg-type]
     assert method == "fork" and "starts processes by forking, as something cannot be pickled" in caplog.text
     with pytest.raises(Exception, match="Local") as refused:

@@ -40,12 +40,13 @@ from torchplug.options import check_fields, duration
 from torchplug.run import Run
 from torchplug.signals import leave
 
-__all__ = ["RankFailed", "Ranks"]
+__all__ = ["RankFailed", "Ranks", "handlers_kept"]
 
 logger = logging.getLogger("torchplug")
 HOW = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 STARTED = "TORCHPLUG_RESULT"  # in the environment of ranks that were started here: where the result goes
 PATIENCE = timedelta(seconds=5)  # how long a rank that lost its connection waits for a word of the others
+LOST = 75  # exit code of a rank that was started here and lost its connection to the others
 BEHIND = 60.0  # seconds that a rank may be behind another one in the same batch
 
 # of this process, in which there can be one group of all ranks
@@ -123,6 +124,7 @@ class Ranks:
             )
         run.rank, run.world_size, run.local_rank = rank, world, local
         self._connect(run)
+        run.say_once(f"strategy {run.name_of(self)!r}: {world} ranks, which exchange values by {dist.get_backend()}", logging.INFO)
         _runs += 1
         agreement = run.agreement = run.metrics.agreement = Agreement(run)
         waited_for = Path(os.environ[STARTED]) if STARTED in os.environ and local == 0 else None
@@ -164,7 +166,7 @@ class Ranks:
         _broken = True
         if _store is None:
             return
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        lost = _is_lost(error)
         own = "lost the connection" if lost else f"failed: {type(error).__name__}: {error}"
         heard: list[str] = []
         telling = threading.Thread(target=self._exchange, args=(run, own, heard if lost else None), daemon=True)  # it may never come back
@@ -204,7 +206,7 @@ class Ranks:
         nodes, came = run.options.num_nodes, ""
         if nodes > 1 and self.rendezvous is None:
             raise ValueError(f"num_nodes={nodes}: say where they meet with rendezvous='host:port', or let torchrun start the script")
-        with tempfile.TemporaryDirectory(prefix="torchplug-") as folder, _handlers_kept() as handlers:
+        with tempfile.TemporaryDirectory(prefix="torchplug-") as folder, handlers_kept() as handlers:
             result = Path(folder) / "result"
             method, task = self._packed(main, Path(folder) / "task")
             config = LaunchConfig(
@@ -275,7 +277,7 @@ class Ranks:
         Raises:
             RuntimeError: the others do not skip it.
         """
-        if run.world_size == 1:
+        if run.world_size == 1 or _store is None:  # somebody else made the group, and has its store
             return
         words, world = _words_of_ranks(), run.world_size
         key = f"skipped {run.position.micro_step} {run.turn}"
@@ -377,11 +379,18 @@ def _work(task: Any, result: Path, forked: _Forked | None) -> None:
             leave(forked.run.asked_to_end)
     except KeyboardInterrupt:  # torch takes it for a good end, and waits for a result
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception:
+    except Exception as error:
         traceback.print_exc()  # torch's launcher shows a summary alone
+        if _is_lost(error):
+            raise SystemExit(LOST) from None
         raise
     finally:
         _disconnect()
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _acts(name: str) -> bool:
@@ -390,8 +399,8 @@ def _acts(name: str) -> bool:
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[dict[int, Any]]:
-    """Inside, torch's launcher may take signals, and does not log what a failed rank has printed; gives the handlers there were."""
+def handlers_kept() -> Iterator[dict[int, Any]]:
+    """Inside, a launcher may take signals, and torch's does not log what a failed rank has printed; gives the handlers there were."""
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {int(number): signal.getsignal(number) for number in signal.Signals if signal.getsignal(number) is not None}
@@ -421,7 +430,8 @@ def _words_of_ranks() -> Store:
 
 def _words(error: Any) -> str:
     """Which rank failed first, in one line; its traceback is above."""
-    rank, failure = error.get_first_failure()
+    victims = (LOST, -signal.SIGTERM)  # who lost the connection, or was ended by torch's launcher because another rank failed
+    rank, failure = min(error.failures.items(), key=lambda each: (each[1].exitcode in victims, each[1].timestamp))
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
     return f"rank {rank} failed with exit code {failure.exitcode}; its error is above"

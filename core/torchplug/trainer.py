@@ -273,7 +273,7 @@ class Trainer(Settings):
 
     def _launched(self, run: Run, members: list[Member], call: Call) -> Any:
         """The run between launch and tear-down; where launching itself fails, everybody is torn down too."""
-        begun, late = False, list[BaseException]()
+        begun, late, inside = False, list[BaseException](), list[BaseException]()
 
         def here() -> Done:
             nonlocal begun
@@ -288,6 +288,7 @@ class Trainer(Settings):
                     done = Done(result)
             except BaseException as error:
                 if done is None:
+                    inside.append(error)
                     raise
                 late.append(error)  # of the program's own handler of a signal: it waits until ranks have parted
             return done
@@ -298,9 +299,10 @@ class Trainer(Settings):
                 raise late.pop()
             return result
         except BaseException as error:
-            if begun:  # what happened inside has its note already; that it happened inside of launch says nothing
+            if error not in inside:  # what happened inside has its note; that it happened inside of launch says nothing
+                blame(error, members, run.rank)
+            if begun:
                 raise
-            blame(error, members, run.rank)
             failure = error
 
         def fail() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchplug import Run, hookimpl
-from torchplug.distributed import STARTED, RankFailed
+from torchplug.distributed import STARTED, RankFailed, handlers_kept
 from torchplug.launching import Done, Task
 
 __all__ = ["Ray"]
@@ -48,14 +48,14 @@ class Ray:
         import ray
 
         started = not ray.is_initialized()
-        if started:
-            ray.init(self.address, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
-        try:
-            with tempfile.TemporaryDirectory(prefix="torchplug-") as folder:
-                return self._fit(run, main, folder)
-        finally:
+        with tempfile.TemporaryDirectory(prefix="torchplug-") as folder, handlers_kept():
             if started:
-                ray.shutdown()
+                ray.init(self.address, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
+            try:
+                return self._fit(run, main, folder)
+            finally:
+                if started:
+                    ray.shutdown()
 
     def _fit(self, run: Run, main: Task, folder: str) -> Done:
         from ray import cloudpickle

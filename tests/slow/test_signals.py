@@ -415,6 +415,8 @@ def test_a_run_after_an_interrupted_one_in_the_same_process_has_workers_like_any
 
 
 PROGRAM = """
+import sys
+
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchplug import Module, Trainer, hookimpl

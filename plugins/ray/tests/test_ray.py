@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +61,17 @@ class Remembers:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # Ray's own
 def test_two_workers_train_as_one_process_does(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="installed with the plugin")
+    process = multiprocessing.get_context("fork").Process(target=trained_by_ray, args=(tmp_path,))  # Ray changes the logging of a process
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def trained_by_ray(tmp_path: Path) -> None:
+    import ray
+
+    warnings.simplefilter("ignore")  # Ray's own
     seed_everything(5)
     alone, together = a_module(), a_module()
     together.load_state_dict(alone.state_dict())
@@ -71,10 +82,12 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path) -> None:
         Trainer(root_dir=tmp_path / "two", plugins=[plugin, "journal", "checkpoint", "ray"], strategy="ddp", devices=2, **options),
     ]
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for trainer, module, size in zip(trainers, (alone, together), (8, 4), strict=True):
             trainer.fit(module, DataLoader(data(28), size, shuffle=True))
         assert ray.is_initialized(), "who started it ends it"
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
         with pytest.raises(RankFailed, match="broken on rank 1"):
             trainers[1].fit(a_module(fails=True), DataLoader(data(28), 4))
     finally:

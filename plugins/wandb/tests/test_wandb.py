@@ -744,8 +744,8 @@ def test_errors_of_the_server_hold_up_nobody(ran):
         text = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         threading.Thread(target=answer, args=(server, text), daemon=True).start()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        out = ran({"mode": "online", "close_timeout": 5.0}, WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
-    assert out["longest"] < 0.1 and out["seconds"] < 5.0 + 6.0 and out["all"] < 19.0
+        out = ran({"mode": "online", "close_timeout": 10.0}, WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
+    assert out["longest"] < 0.1 and out["seconds"] < 10.0 + 6.0 and out["all"] < 24.0
     assert "is in use" not in out["said"]  # a second attempt is one
     assert not list((Path(out["dir"]) / "wandb").glob("wandb/run-*"))
 
