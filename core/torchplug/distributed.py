@@ -382,6 +382,7 @@ def _work(task: Any, result: Path, forked: _Forked | None) -> None:
     except Exception as error:
         traceback.print_exc()  # torch's launcher shows a summary alone
         if _is_lost(error):
+            time.sleep(PATIENCE.total_seconds())  # torch's launcher sees first who caused it, and ends this rank then
             raise SystemExit(LOST) from None
         raise
     finally:
