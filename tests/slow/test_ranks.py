@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,6 +144,53 @@ def test_a_clean_run_ends_with_0_again_and_again(how: list[str], start: Callable
         assert program.end() == 0, program.err.read_text()
         assert program.out.read_text().count("finished 8 steps") == (2 if how else 1)
         assert "terminate called" not in program.err.read_text()
+
+
+RANK = """
+import sys
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchplug import Module, Trainer
+
+sys.modules["__main__"].ending.status = None  # the interpreter takes everything apart, as at the end of any script
+torch.set_num_threads(1)
+
+
+class Net(Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch):
+        loss = self.layer(batch[0]).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+trainer = Trainer(max_epochs=2, strategy="ddp", accelerator="cpu", plugins=[], root_dir=sys.argv[1], log_every_n_steps=2)
+trainer.fit(Net(), DataLoader(TensorDataset(torch.randn(32, 4)), 4))
+assert trainer.run.position.step == 8
+"""
+
+
+def test_ranks_are_taken_apart_without_harm_thirty_times(programs: Any, tmp_path: Path) -> None:
+    codes = []
+    for _ in range(30):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = []
+        for rank in range(2):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            both.append(programs.start(RANK, str(tmp_path), env=environment, imports=["torch.distributed", "torchplug.distributed"]))
+        codes += [each.wait(60) for each in both]
+    assert codes == [0] * 60
 
 
 @pytest.mark.parametrize("how", [[], TORCHRUN], ids=["script", "torchrun"])
