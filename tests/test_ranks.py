@@ -229,7 +229,11 @@ def test_a_killed_rank_ends_all_and_is_named() -> None:
 # ---------------------------------------------------------------------- what is said
 
 
-def test_what_cannot_be_pickled_is_forked_unless_spawn_is_asked_for(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_what_cannot_be_pickled_is_forked_unless_spawn_is_asked_for(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)  # who runs the tests may have none
+
     class Local(Net):
         pass
 
