@@ -104,7 +104,7 @@ def with_trainer(batches: Batches, ranks: int, folder: str) -> None:
 def work(rank: int, ranks: int, port: int, steps: int, repeats: int, folder: str) -> None:
     """One process."""
     torch.set_num_threads(1)
-    logging.getLogger("torchplug").setLevel(logging.WARNING)
+    logging.getLogger("torchplug").addHandler(logging.NullHandler())
     if ranks > 1:
         values = {
             "RANK": rank,
