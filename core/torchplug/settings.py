@@ -47,7 +47,7 @@ RENAMED = {
     "sync_batchnorm": "write strategy={'ddp': {'sync_batchnorm': True}}",
     "replace_sampler_ddp": "the strategy wraps the sampler that you gave",
     "use_distributed_sampler": "the strategy wraps the sampler that you gave",
-    "profiler": "wrap the hooks to be timed in a plugin (@hookimpl(wrapper=True))",
+    "profiler": "add 'profiler' to plugins",
     "log_gpu_memory": "add 'device_stats' to plugins",
     "flush_logs_every_n_steps": "loggers write from their own thread",
     "reload_dataloaders_every_n_epochs": "give an iterable that makes its own loader",
