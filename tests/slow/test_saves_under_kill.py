@@ -25,7 +25,7 @@ from torchplug.checkpoint import CheckpointError, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")]
 
-KILLS = 40  # for each way of saving
+KILLS = 100  # for each way of saving
 BATCHES = 2
 
 
