@@ -6,19 +6,16 @@ import logging
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import torchplug
-from torchplug import hookimpl
-from torchplug.members import PARAMETERS
-
-PLAIN = (str, int, float, bool, type(None), Path)
+from torchplug.testing import TinyModule, make_loader, recorded, tiny_trainer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,73 +35,6 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     logging.getLogger("torchplug").setLevel(logging.INFO)
-
-
-def make_loader(batches: int, batch_size: int = 2, seed: int = 0, **options: Any) -> DataLoader:
-    """``batches`` full batches of (x of width 4, y of width 1), the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batches * batch_size, 4, generator=generator)
-    y = x.sum(1, keepdim=True) + 0.1 * torch.randn(batches * batch_size, 1, generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size, **options)
-
-
-class TinyModule(torchplug.Module):
-    """Linear(4, 1) with every step; brings loaders of as many batches as it is told, none where that is 0.
-
-    Args:
-        train: batches of the training loader; likewise ``val``, ``test`` and ``predict``.
-        batch_size: samples in a batch.
-        lr: the learning rate of plain SGD.
-        val_loaders: how many validation loaders there are.
-    """
-
-    def __init__(
-        self, train: int = 4, val: int = 2, test: int = 2, predict: int = 2, batch_size: int = 2, lr: float = 0.1, val_loaders: int = 1
-    ) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 1)
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.tensor([[0.1, -0.2, 0.3, -0.4]]))
-            self.layer.bias.zero_()
-        self.batches = {"train": train, "val": val, "test": test, "predict": predict}
-        self.batch_size, self.lr, self.val_loaders = batch_size, lr, val_loaders
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        x, y = batch
-        return torch.nn.functional.mse_loss(self(x), y)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.loss(batch)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        self.log("val_loss", self.loss(batch))
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        self.log("test_loss", self.loss(batch))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-    def _loader(self, stage: str, seed: int) -> Any:
-        return make_loader(self.batches[stage], self.batch_size, seed) if self.batches[stage] else None
-
-    def train_dataloader(self) -> Any:
-        return self._loader("train", 1)
-
-    def val_dataloader(self) -> Any:
-        loaders = [self._loader("val", 2 + i) for i in range(self.val_loaders)]
-        return loaders if len(loaders) > 1 else loaders[0]
-
-    def test_dataloader(self) -> Any:
-        return self._loader("test", 102)
-
-    def predict_dataloader(self) -> Any:
-        return self._loader("predict", 103)
 
 
 class Tiny:
@@ -159,40 +89,11 @@ def loader() -> Callable[..., DataLoader]:
     return make_loader
 
 
-class Recording:
-    """What a recorder has seen. Values that are no plain numbers or texts are kept as the name of their type."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-
-    @property
-    def names(self) -> list[str]:
-        """The hooks in the order in which they were called."""
-        return [name for name, _ in self.calls]
-
-    def record(self, hook: str, arguments: dict[str, Any]) -> None:
-        plain = {key: value if isinstance(value, PLAIN) else type(value).__name__ for key, value in arguments.items()}
-        self.calls.append((hook, plain))
-
-
-def _recording_hook(hook: str) -> Callable[..., None]:
-    """A hook implementation that takes every argument of its spec, records the call and answers nothing."""
-    parameters = PARAMETERS[hook]
-    arguments = ", ".join(f"{name!r}: {name}" for name in parameters)
-    namespace: dict[str, Any] = {}
-    exec(f"def {hook}({', '.join(('self', *parameters))}):\n    self.record({hook!r}, {{{arguments}}})", namespace)
-    return namespace[hook]
-
-
 @pytest.fixture
 def make_recorder() -> Callable[..., Any]:
     """A factory of plugins that record the hooks named (all if none are)."""
 
-    def make(*hooks: str) -> Any:
-        methods = {hook: hookimpl(_recording_hook(hook)) for hook in hooks or PARAMETERS}
-        return type("Recorder", (Recording,), methods)()
-
-    return make
+    return recorded
 
 
 @pytest.fixture
@@ -205,11 +106,8 @@ def recorder(make_recorder: Callable[..., Any]) -> Any:
 def trainer(tmp_path: Path) -> Callable[..., torchplug.Trainer]:
     """A factory of trainers without plugins and sanity check that write to ``tmp_path``; one epoch unless told otherwise."""
 
-    def make(**options: Any) -> torchplug.Trainer:
-        defaults: dict[str, Any] = {"root_dir": tmp_path, "plugins": [], "num_sanity_val_steps": 0, "accelerator": "cpu"}
-        if not {"max_epochs", "max_steps", "max_time", "fast_dev_run"} & options.keys():
-            defaults["max_epochs"] = 1
-        return torchplug.Trainer(**{**defaults, **options})
+    def make(plugins: Sequence[Any] = (), **options: Any) -> torchplug.Trainer:
+        return tiny_trainer(*plugins, **{"root_dir": tmp_path, **options})
 
     return make
 
@@ -223,13 +121,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """
     made = []
 
-    def make(distribution: str, source: str, /, version: str = "1.0", **entries: str) -> Path:
+    def make(distribution: str, source: str, /, version: str = "1.0", requires: Sequence[str] = (), **entries: str) -> Path:
         module = distribution.replace("-", "_")
         folder = tmp_path / "site" / f"{distribution}-{len(made)}"
         info = folder / f"{module}-{version}.dist-info"
         info.mkdir(parents=True)
         (folder / f"{module}.py").write_text(textwrap.dedent(source), encoding="utf-8")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8")
+        needs = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needs}", encoding="utf-8")
         lines = [f"{name} = {module}:{value}" for name, value in entries.items()]
         (info / "entry_points.txt").write_text("\n".join(["[torchplug]", *lines, ""]), encoding="utf-8")
         monkeypatch.syspath_prepend(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import re
 import traceback
@@ -15,9 +14,10 @@ import pluggy
 import pytest
 import torch
 
-from torchplug import PluginError, Trainer, hookimpl
+from torchplug import PluginError, Trainer, discovery, hookimpl
+from torchplug.discovery import discover
 from torchplug.hookspecs import Hooks
-from torchplug.plugins import build, discover
+from torchplug.plugins import build
 
 SHOUT = '''
     from dataclasses import dataclass
@@ -67,15 +67,13 @@ def refused() -> Callable[[list[Any]], str]:
 
 def only_from(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Hides what is installed outside of ``folder``."""
-    everything = importlib.metadata.entry_points
+    everything = discovery.scan
 
-    def inside(**select: Any) -> list[Any]:
-        return [each for each in everything(**select) if str(each.dist.locate_file("")).startswith(str(folder))]
+    def inside(group: str) -> tuple[list[discovery.Found], list[str]]:
+        found, unreadable = everything(group)
+        return [each for each in found if each.folder.startswith(str(folder))], unreadable
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", inside)
-
-
-# ---------------------------------------------------------------------- names, options, objects
+    monkeypatch.setattr(discovery, "scan", inside)
 
 
 def test_names_mappings_and_objects_are_built_alike(shout: None) -> None:
@@ -301,7 +299,7 @@ def test_a_package_that_cannot_be_imported_is_named(package: Any, refused: Any) 
     package("torchplug-broken", "import no_such_module_anywhere", broken="Broken")
     assert refused(["broken"]) == (
         "plugin 'broken' (torchplug-broken 1.0): torchplug_broken:Broken cannot be imported: "
-        "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
+        "there is no module 'no_such_module_anywhere': pip install what 'no_such_module_anywhere' is part of"
     )
 
 

@@ -16,7 +16,7 @@ from torchplug.options import documentation, duration
 from torchplug.settings import RENAMED, Settings
 
 ARGUMENTS = [field.name for field in dataclasses.fields(Settings)]
-TEXTS = ("accelerator", "strategy", "root_dir", "name")  # any text is the right type for these
+TEXTS = ("accelerator", "strategy", "root_dir", "name", "lock", "trace")  # any text is the right type for these
 
 # for each argument: values of the wrong type, and values of the right type that are out of range
 WRONG: dict[str, tuple[list[Any], list[Any]]] = {
@@ -52,6 +52,8 @@ WRONG: dict[str, tuple[list[Any], list[Any]]] = {
     "root_dir": ([3, None, True, ["runs"]], []),
     "name": ([3, True, ["a"]], ["", "a/b", ".", ".."]),
     "plugins": (["checkpoint", 3, True, {"checkpoint": {}}, {"checkpoint"}], [[3], [None], [{}], [{"a": {}, "b": {}}]]),
+    "lock": ([3, True, ["a"]], ["there-is-none"]),
+    "trace": ([3, True, ["a"]], []),
 }
 
 
@@ -121,6 +123,7 @@ RIGHT: dict[str, list[Any]] = {
     "root_dir": ["runs", Path("runs")],
     "name": [None, "my-run"],
     "plugins": [[], ()],
+    "trace": [None, "trace.json", Path("trace.json")],
 }
 
 

@@ -68,7 +68,7 @@ MODULE = '''
 
 PROGRAM = """
     import json, logging, sys
-    import torch, torchplug, torchplug.plugins
+    import torch, torchplug, torchplug.discovery
 
     class Line(torchplug.Module):
         def __init__(self):
@@ -90,7 +90,7 @@ PROGRAM = """
         "by name": trained(["my_thing"]),
         "with options": trained([{"my_thing": {"factor": 0.1}}]),
         "files": [torchplug.__file__, sys.modules["acme_my_thing"].__file__],
-        "installed": [[each.name, each.distribution] for each in torchplug.plugins.discover()],
+        "installed": [[each.name, each.distribution] for each in torchplug.discovery.discover()],
     }
     try:
         trained([{"my_thing": {"facter": 1.0}}])

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchplug import Module, Trainer, hookimpl
-from torchplug.members import PluginError
+from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.tracking import Delivery, Mark, Place, Reader, Record, Refused, Tracker, deliver, first
 
 Script = Callable[[str, Sequence[Record]], None]

@@ -30,7 +30,7 @@ from torchplug.hookspecs import hookimpl
 from torchplug.options import check_fields
 from torchplug.run import Run
 from torchplug.sharded import is_spread, like, local
-from torchplug.trial import trial
+from torchplug.trials import trial
 
 __all__ = ["Average", "Averaging", "recompute"]
 

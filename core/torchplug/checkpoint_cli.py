@@ -22,12 +22,12 @@ from torchplug import checkpoint
 from torchplug.checkpoint import CheckpointError, Entry, entries_in
 from torchplug.files import replacing
 
-__all__ = ["add_commands"]
+__all__ = ["add_command"]
 
 SUFFIXES = (".safetensors", ".pt")
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Adds ``verify``, ``show`` and ``export`` to the subcommands of a parser."""
     verify = commands.add_parser(
         "verify",

@@ -10,14 +10,16 @@ included. Without one nothing is there to be told.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any, cast
 
 import pluggy
 
 from torchplug.blame import also, blame
+from torchplug.discovery import PluginError
 from torchplug.hookspecs import Hooks
-from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member, PluginError
+from torchplug.members import CLOSING, OPERATIONS, PARAMETERS, Member
 
 __all__ = ["Manager", "dispatch", "register", "watch"]
 
@@ -41,11 +43,26 @@ def register(members: Iterable[Member]) -> Manager:
     """A manager in which the hooks of ``members`` are called in the order given."""
     manager = Manager()
     for member in reversed(list(members)):  # pluggy calls the last registered first
-        try:
-            manager.register(member, f"{member.kind} {member.name}")  # a plugin may be called like the module's class
-        except pluggy.PluginValidationError as error:
-            raise PluginError(f"{member.label}: {error}") from None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                manager.register(member, f"{member.kind} {member.name}")  # a plugin may be called like the module's class
+            except pluggy.PluginValidationError as error:
+                raise PluginError(f"{member.label}: {error}") from None
+        for warning in caught:
+            _pass_on(warning, member)
     return manager
+
+
+def _pass_on(warning: warnings.WarningMessage, member: Member) -> None:
+    """Says whose use of something deprecated it is, and points to the method: pluggy does not know what stands before it."""
+    for code, hook in member.codes.items():
+        spec = getattr(Hooks, hook).torchplug_spec
+        if any(warning.message is each for each in (spec["warn_on_impl"], *(spec["warn_on_impl_args"] or {}).values())):
+            text = f"{member.label}: {warning.message}"
+            warnings.warn_explicit(text, warning.category, code.co_filename, code.co_firstlineno)
+            return
+    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def watch(members: Sequence[Member]) -> None:

@@ -50,6 +50,9 @@ An implementation names only the arguments it wants. The picture of a run::
 ``test`` and ``predict`` have the hooks of validation under their own names, between ``on_run_start`` and ``teardown``.
 In the sanity check the validation events reach the module and the data module alone; operations work as ever.
 
+A hook or argument that will go is marked first: ``@event(warn_on_impl=DeprecationWarning("..."))`` or ``warn_on_impl_args={"batch":
+DeprecationWarning("...")}``, with a text that says since when and what to write instead. Whoever implements it is warned by name.
+
 Where several processes train together, each of them (a *rank*) goes through this picture. ``log_metrics`` and the like reach
 rank 0 alone, with values of all ranks. Between two logging steps ranks exchange gradients and nothing else.
 """

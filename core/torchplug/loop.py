@@ -19,7 +19,7 @@ from torchplug.schedule import Limits, Validation, evaluating
 from torchplug.seed import preserved, remembered
 from torchplug.signals import Interruption
 from torchplug.state import collect, freeze_metrics, go_on
-from torchplug.trial import out_of_memory
+from torchplug.trials import out_of_memory
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks

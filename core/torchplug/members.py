@@ -11,11 +11,12 @@ from types import FunctionType
 from typing import Any, Literal
 
 from torchplug.data import DataModule
+from torchplug.discovery import PluginError
 from torchplug.hookspecs import Hooks
 from torchplug.module import STEPS, Module
 from torchplug.options import closest
 
-__all__ = ["ACTIONS", "CLOSING", "OPERATIONS", "PARAMETERS", "Member", "PluginError"]
+__all__ = ["ACTIONS", "CLOSING", "OPERATIONS", "PARAMETERS", "Member"]
 
 logger = logging.getLogger("torchplug")
 
@@ -26,10 +27,6 @@ ACTIONS = {name for name, spec in _SPECS.items() if hasattr(spec, "torchplug_act
 CLOSING = {name for name, spec in _SPECS.items() if hasattr(spec, "torchplug_closing")}
 
 Kind = Literal["plugin", "module", "data module", "core"]
-
-
-class PluginError(Exception):
-    """A plugin cannot be found, built, ordered or used. The message names it, its package, and what to do."""
 
 
 @dataclass(eq=False)

@@ -49,6 +49,11 @@ class Field:
     default: str
     text: str
 
+    def __str__(self) -> str:
+        allowed = f" ({self.range})" if self.range else ""
+        default = "required" if self.default == "required" else f"default {self.default}"
+        return f"{self.name}: {self.type}{allowed}, {default}. {self.text}"
+
 
 def closest(word: str, words: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` when one of ``words`` is near to ``word``, else an empty string."""

@@ -1,118 +1,125 @@
-"""From names to plugins: find them by entry point, build them from options, put them in order.
+"""From names to plugins: build them from options, put them in order.
 
-Discovery reads metadata alone; only what is named is imported. How to write a plugin: one class with a few
+Only what is named is imported. How to write a plugin: one class with a few
 ``@hookimpl`` methods, its options as dataclass fields, and an entry point in the group ``torchplug``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
 import itertools
+import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torchplug.members import Member, PluginError
+import torch
+
+from torchplug.discovery import BUNDLE, Catalogue, Found, PluginError, find, installed
+from torchplug.lock import Lock
+from torchplug.members import Member
 from torchplug.options import check_fields, closest, fields_of
+from torchplug.settings import Settings
 
-__all__ = ["Found", "build", "discover", "find", "installed", "mentioned", "order"]
+__all__ = ["bare", "build", "mentioned", "named", "order"]
 
-GROUP = "torchplug"
-BUNDLE = "standard"  # what Trainer() takes when no plugins are named
+logger = logging.getLogger("torchplug")
+
 GPU = "gpu"  # what accelerator="auto" takes where there is a device
+MUTABLE = (list, dict, set, bytearray, torch.Tensor)
+PROFILER = "profiler"  # what trace= takes
+SWITCH = "TORCHPLUG_PLUGINS"  # an environment variable; "none" starts every run without plugins
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """An installed plugin, known from metadata; `load` imports it."""
+def bare() -> bool:
+    """Whether the environment asks for runs without any plugin.
 
-    name: str
-    value: str
-    entry: importlib.metadata.EntryPoint
-    distribution: str
-    version: str
+    Raises:
+        PluginError: it asks for something else, which nobody knows.
+    """
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "none"):
+        raise PluginError(f"the environment variable {SWITCH} may be 'none', which starts without plugins, or not set; got {value!r}")
+    return value == "none"
 
-    def load(self) -> Any:
-        """The plugin's class, or the list of a bundle."""
-        try:
-            return self.entry.load()
-        except Exception as error:
+
+def named(options: Settings) -> list[Any]:
+    """What the user named in ``plugins``, and before it what ``accelerator``, ``strategy`` and ``trace`` name."""
+    if bare():
+        logger.warning("%s=none: runs without plugins%s", SWITCH, f", not with {options.plugins!r}" if options.plugins else "")
+        return []
+    listed = options.plugins
+    if listed is None:
+        listed = [BUNDLE] if installed(BUNDLE) else []
+        if not listed:
+            logger.info("trains without plugins: pip install torchplug-%s for progress, checkpoints and logs", BUNDLE)
+    first: list[Any] = [*_accelerator(options), *_strategy(options)]
+    known = mentioned(listed)
+    if options.trace is not None:
+        _require("trace", options.trace, PROFILER)
+        if PROFILER in known:
             raise PluginError(
-                f"plugin {self.name!r} ({self.distribution} {self.version}): {self.value} cannot be imported: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"trace={options.trace!r} takes the plugin {PROFILER!r}, which plugins names too: "
+                f"write {{{PROFILER!r}: {{'timeline': {str(options.trace)!r}}}}} there, without trace"
+            )
+        first.append({PROFILER: {"timeline": str(options.trace)}})
+    return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in known] + list(listed)
 
 
-def discover() -> list[Found]:
-    """All installed plugins, sorted by name; nothing is imported."""
-    found = []
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        distribution = entry.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("", "")
-        found.append(Found(entry.name, entry.value, entry, name, version))
-    unique = {(each.name, each.distribution, each.value): each for each in found}
-    return sorted(unique.values(), key=lambda each: (each.name, each.distribution))
+def _accelerator(options: Settings) -> list[Any]:
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if options.accelerator not in ("auto", "cpu"):
+        _require("accelerator", options.accelerator, options.accelerator)
+        return [options.accelerator]
+    if there and options.accelerator == "cpu":
+        logger.info("a GPU is there and not used: write accelerator='auto' to use it")
+    elif there and not installed(GPU):
+        logger.info("a GPU is there and not used: pip install torchplug-%s", GPU)
+    elif there:
+        return [GPU]
+    return []
 
 
-class _Catalogue:
-    """What is installed, read once and only if a name has to be looked up."""
-
-    @cached_property
-    def found(self) -> list[Found]:
-        return discover()
-
-    def find(self, name: str) -> Found:
-        """The plugin ``name``, or ``distribution/name``.
-
-        Raises:
-            PluginError: it is not installed, or several packages have it.
-        """
-        distribution, _, plain = name.rpartition("/")
-        hits = [each for each in self.found if each.name == plain and (not distribution or each.distribution == distribution)]
-        if len(hits) == 1:
-            return hits[0]
-        if hits:
-            both = " and ".join(f"{each.distribution} {each.version}" for each in hits)
-            raise PluginError(f"plugin {plain!r} is provided by {both}: write {hits[0].distribution + '/' + plain!r} to take the first")
-        package = "torchplug-" + plain.replace("_", "-")
-        meant = closest(plain, [each.name for each in self.found])
-        installed = ", ".join(each.name for each in self.found) or "none"
-        raise PluginError(
-            f"plugin {name!r} is not installed{meant or '.'} If it is a package of its own: pip install {package} "
-            f"(installed plugins: {installed})"
+def _strategy(options: Settings) -> list[Any]:
+    devices, strategy = options.devices, options.strategy
+    if strategy != "auto":
+        name = next(iter(strategy)) if isinstance(strategy, dict) else strategy
+        _require("strategy", name, name)
+        return [strategy]
+    if options.num_nodes > 1 or (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1):
+        raise ValueError(
+            f"devices={devices!r}, num_nodes={options.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
         )
-
-    def origin(self, plugin: Any) -> Found | None:
-        """The entry point of a plugin that was given as an object."""
-        value = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
-        return next((each for each in self.found if each.value.replace(" ", "") == value), None)
+    return []
 
 
-def installed(name: str) -> bool:
-    """Whether a plugin of this name is installed; its module is not imported."""
-    return any(entry.name == name for entry in importlib.metadata.entry_points(group=GROUP))
+def _require(argument: str, value: Any, name: str) -> None:
+    """Refuses an argument that names no installed plugin, before a message that speaks of plugins alone."""
+    try:
+        find(name)
+    except PluginError as error:
+        raise PluginError(f"{argument}={value!r}: {error}") from None
 
 
-def find(name: str) -> Found:
-    """The installed plugin ``name``; raises `PluginError` with what to do if there is none."""
-    return _Catalogue().find(name)
-
-
-def build(named: Sequence[Any]) -> list[Member]:
+def build(named: Sequence[Any], lock: Lock | None = None) -> list[Member]:
     """Members from what a user wrote: names, mappings name -> options, and objects.
 
     A bundle is opened; a plugin in it gives way where the user names the same plugin too, with options for example. What a plugin
     ``requires``, a tuple of names, is added with its default options where the user has not named it.
 
     Raises:
-        PluginError: a name, option or object that cannot be used.
+        PluginError: a name, option or object that cannot be used, or a package that is not the locked one.
     """
-    catalogue = _Catalogue()
+    catalogue = Catalogue()
     directly = mentioned(named, catalogue)
     members: dict[str, Member] = {}
+
+    def check(found: Found) -> None:
+        found.check_version()
+        if lock is not None:
+            lock.check(found)
 
     def add(name: str, plugin: Any, found: Found | None) -> None:
         if name in members:
@@ -120,6 +127,8 @@ def build(named: Sequence[Any]) -> list[Member]:
                 f"{members[name].label}: named twice; give the instances names of their own: "
                 f"{{'{name}:a': {{...}}}}, {{'{name}:b': {{...}}}}"
             )
+        if found:
+            check(found)
         distribution, version = (found.distribution, found.version) if found else ("", "")
         members[name] = Member(name, plugin, distribution=distribution, version=version)
 
@@ -130,6 +139,7 @@ def build(named: Sequence[Any]) -> list[Member]:
             add(name, options, catalogue.origin(options))
             return
         found = catalogue.find(base)
+        check(found)
         target = found.load()
         if isinstance(target, (list, tuple)):
             if options:
@@ -181,9 +191,9 @@ def _require_object(plugin: Any) -> None:
         raise PluginError(f"plugins takes names, {{name: options}}, and objects with hooks, got {plugin!r}")
 
 
-def mentioned(named: Sequence[Any], catalogue: _Catalogue | None = None) -> set[str]:
+def mentioned(named: Sequence[Any], catalogue: Catalogue | None = None) -> set[str]:
     """The plugins that the user names directly, whatever their instances are called."""
-    catalogue = catalogue or _Catalogue()
+    catalogue = catalogue or Catalogue()
     names: set[str] = set()
     for each in named:
         if isinstance(each, (str, Mapping)):
@@ -195,7 +205,7 @@ def mentioned(named: Sequence[Any], catalogue: _Catalogue | None = None) -> set[
 
 def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> Any:
     """An instance from options, with every mistake in them named."""
-    label = f"plugin {name!r} ({found.distribution} {found.version})"
+    label = found._replace(name=name).label
     if not inspect.isclass(cls):
         raise PluginError(f"{label}: its entry point {found.value} must be a class or a list of names, got {type(cls).__name__}")
     known = [field.name for field in fields_of(cls)]
@@ -206,6 +216,12 @@ def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> An
                 listed = ", ".join([*known, "on_error"]) if known else "none but on_error"
                 raise PluginError(f"{label}: no option {option!r}{closest(option, known)} (options: {listed})")
     try:
+        for option, default in _defaults(cls):
+            if isinstance(default, MUTABLE):
+                raise TypeError(
+                    f"the default of option {option!r} is one {type(default).__name__} that all instances would share; "
+                    "write field(default_factory=...)"
+                )
         plugin: Any = cls(**options)
         if dataclasses.is_dataclass(plugin):
             check_fields(plugin)
@@ -214,6 +230,18 @@ def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> An
     if policy is not None:
         plugin.on_error = policy
     return plugin
+
+
+def _defaults(cls: type) -> Iterator[tuple[str, Any]]:
+    """The options of a plugin and what is in them if nobody says; left out is what is made anew each time."""
+    if not dataclasses.is_dataclass(cls):
+        yield from ((name, parameter.default) for name, parameter in inspect.signature(cls).parameters.items())
+        return
+    for field in dataclasses.fields(cls):
+        if field.default_factory is dataclasses.MISSING:
+            yield field.name, field.default
+        elif (default := field.default_factory()) is field.default_factory():
+            yield field.name, default
 
 
 def _snake(name: str) -> str:

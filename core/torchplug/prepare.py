@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,16 +18,14 @@ from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
 from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
-from torchplug.options import discreet
 from torchplug.seed import remembered, spread
-from torchplug.state import versions
 from torchplug.stream import Stream, exact, explained
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks
     from torchplug.run import Run
 
-__all__ = ["Sources", "check_module", "make_directory", "prepare", "write_config"]
+__all__ = ["Sources", "check_module", "is_datamodule", "make_directory", "prepare"]
 
 STAGES = {
     "fit": ("train", "validate"),
@@ -275,31 +270,6 @@ def make_directory(root: str | os.PathLike[str], name: str) -> Path:
         raise type(error)(
             error.errno, f"the run's directory cannot be made in {str(parent)!r} ({error.strerror}); choose another root_dir"
         ) from error
-
-
-def write_config(run: Run) -> None:
-    """``config.yaml``: the options of the run, its plugins with theirs, and the versions."""
-    file = run.dir / "config.yaml"
-    if file.exists():  # an evaluation that goes on in the folder of its fit
-        return
-    lines = ["# written by torchplug; values are JSON, which is YAML"]
-    for field in fields(run.options):
-        if field.name != "plugins":
-            lines.append(f"{field.name}: {_json(getattr(run.options, field.name))}")
-    lines.append("plugins:")
-    for name, plugin in run.plugins.items():
-        options = (
-            {f.name: getattr(plugin, f.name, None) for f in fields(plugin) if f.init} if hasattr(plugin, "__dataclass_fields__") else {}
-        )
-        lines.append(f"  - {json.dumps(name)}: {_json(options)}")
-    lines.append("versions:")
-    lines += [f"  {json.dumps(name)}: {_json(package)}" for name, package in {**versions(), **run.packages}.items()]
-    file.write_text(discreet("\n".join(lines)) + "\n", encoding="utf-8")
-
-
-def _json(value: Any) -> str:
-    seconds: Callable[[Any], Any] = lambda other: f"{other.total_seconds()}s" if isinstance(other, timedelta) else str(other)  # noqa: E731
-    return json.dumps(value, default=seconds)
 
 
 def is_datamodule(value: Any) -> bool:

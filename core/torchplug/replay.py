@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchplug.members import PluginError
+from torchplug.discovery import PluginError, find
 from torchplug.options import fields_of
-from torchplug.plugins import build, find
+from torchplug.plugins import build
 from torchplug.tracking import Delivery, Place, deliver, first
 
 __all__ = ["add_command"]

@@ -106,6 +106,10 @@ class Settings:
         root_dir: Where runs are kept: root_dir/name/version_N.
         name: The run's name. None takes the name of the module's class.
         plugins: Plugins to use: names, {name: options} and objects. None takes the bundle 'standard' if it is installed.
+        lock: A file that the command torchplug lock wrote. A plugin that is not the one that is locked there is refused before
+            it is imported.
+        trace: Write a timeline of every hook of every plugin to this file, for Chrome or Perfetto, and show what each cost, with
+            the plugin 'profiler'.
     """
 
     max_epochs: Annotated[int | None, at_least(1)] = None
@@ -140,6 +144,8 @@ class Settings:
     root_dir: str | os.PathLike[str] = "runs"
     name: str | None = None
     plugins: list[Any] | tuple[Any, ...] | None = None
+    lock: str | os.PathLike[str] | None = None
+    trace: str | os.PathLike[str] | None = None
 
     def __new__(cls, *args: Any, **arguments: Any) -> Any:
         if args:

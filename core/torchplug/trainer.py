@@ -19,17 +19,20 @@ import torch
 
 from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
+from torchplug.config import write_config
+from torchplug.discovery import PluginError
 from torchplug.dispatch import dispatch, register, watch
 from torchplug.launching import Call, Done, Task
 from torchplug.loaders import close
+from torchplug.lock import Lock
 from torchplug.matching import Choice
-from torchplug.members import Member, PluginError
+from torchplug.members import Member
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
 from torchplug.operations import Operations
-from torchplug.plugins import BUNDLE, GPU, build, find, installed, mentioned, order
+from torchplug.plugins import bare, build, named, order
 from torchplug.precision import ScaledAutocast, Unscaling, operations_for
-from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare, write_config
+from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare
 from torchplug.resume import Start, find_start, go_on_as, put_in_place
 from torchplug.run import Run
 from torchplug.seed import seed_everything
@@ -57,20 +60,32 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         return not logging.getLogger().handlers and bool(super().filter(record))
 
 
+def _speak() -> None:
+    """Lets the user read what the package says, without having set logging up."""
+    if not logger.handlers:
+        logger.addHandler(_Console())
+        logger.setLevel(logging.INFO)
+
+
 @dataclass(kw_only=True, eq=False)
 class Trainer(Settings):
     __doc__ = Settings.__doc__
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not logger.handlers:
-            logger.addHandler(_Console())
-            logger.setLevel(logging.INFO)
+        _speak()
+        self._begin_with(named(self))
+
+    def _begin_with(self, plugins: list[Any]) -> None:
+        """The plugins of all runs, found, built and ordered."""
         self.run: Run | None = None
         self.metrics = Results()
         self._module: Module | None = None
         self._fitted: Run | None = None
-        self._members = build(self._named())
+        self._lock = Lock.read(self.lock) if self.lock is not None else None
+        if self._lock is not None:
+            self._lock.check_core()
+        self._members = build(plugins, self._lock)
         order(self._members)  # a cycle is an error now, not when training starts
 
     # ------------------------------------------------------------------ what a user calls
@@ -171,51 +186,10 @@ class Trainer(Settings):
 
     # ------------------------------------------------------------------ from options to plugins
 
-    def _named(self) -> list[Any]:
-        """What the user named, and what accelerator and strategy name."""
-        named = self.plugins
-        if named is None:
-            named = [BUNDLE] if installed(BUNDLE) else []
-            if not named:
-                logger.info("trains without plugins: pip install torchplug-%s for progress, checkpoints and logs", BUNDLE)
-        first: list[Any] = []
-        there = torch.cuda.is_available() or torch.backends.mps.is_available()
-        if self.accelerator == "auto":
-            if there and installed(GPU):
-                first.append(GPU)
-            elif there:
-                logger.info("a GPU is there and not used: pip install torchplug-%s", GPU)
-        elif self.accelerator != "cpu":
-            self._require("accelerator", self.accelerator)
-            first.append(self.accelerator)
-        elif there:
-            logger.info("a GPU is there and not used: write accelerator='auto' to use it")
-        if self.strategy != "auto":
-            self._require("strategy", next(iter(self.strategy)) if isinstance(self.strategy, dict) else self.strategy)
-            first.append(self.strategy)
-        elif (
-            self.num_nodes > 1
-            or (isinstance(self.devices, int) and self.devices > 1)
-            or (isinstance(self.devices, list) and len(self.devices) > 1)
-        ):
-            raise ValueError(
-                f"devices={self.devices!r}, num_nodes={self.num_nodes} take several processes: name a strategy, such as strategy='ddp'"
-            )
-        known = mentioned(named)
-        return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in known] + list(named)
-
-    @staticmethod
-    def _require(argument: str, name: str) -> None:
-        """Refuses an accelerator or strategy that is no installed plugin, before a message that speaks of plugins alone."""
-        try:
-            find(name)
-        except PluginError as error:
-            raise PluginError(f"{argument}={name!r}: {error}") from None
-
     def _assemble(self, run: Run, operations: Operations) -> list[Member]:
         """Everybody who takes part in a run, in order: data module, module, plugins, core."""
         own = [Member(m.name, m.plugin, distribution=m.distribution, version=m.version) for m in self._members]
-        for brought in build(run.module.configure_plugins()):
+        for brought in build([] if bare() else run.module.configure_plugins(), self._lock):
             if any(brought.name == member.name for member in own):
                 raise PluginError(f"{brought.label}: named in Trainer and brought by {type(run.module).__name__}.configure_plugins()")
             own.append(brought)
@@ -317,7 +291,7 @@ class Trainer(Settings):
             seed_everything(run.options.seed)
         prepare(run, hooks, Sources(call.given, run.datamodule))
         if run.rank == 0:
-            write_config(run)
+            write_config(run, self.enabled, call.given)
         hooks.on_run_start(run)
         hyperparameters = checkpoint.plain(run.module.hparams, "hyperparameters")  # what cannot be saved is said now, not at the first save
         logged = {**getattr(run.datamodule, "hparams", {}), **(hyperparameters if run.module._hparams_logged else {})}
@@ -346,7 +320,8 @@ class Trainer(Settings):
     def __setstate__(self, state: dict[str, Any]) -> None:
         earlier = state.pop("earlier")
         vars(self).update(state)
-        self.__post_init__()
+        _speak()
+        self._begin_with(state["plugins"])
         if earlier is not None:
             self._fitted, self._module = earlier, earlier.module
 

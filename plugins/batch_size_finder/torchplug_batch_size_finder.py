@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchplug import Module, Run, Trainer, hookimpl
-from torchplug.trial import Trial, apart, out_of_memory, rebatched, trial
+from torchplug.trials import Trial, apart, out_of_memory, rebatched, trial
 
 __all__ = ["BatchSize", "BatchSizeFinder", "scale_batch_size", "search"]
 

@@ -71,7 +71,7 @@ class Csv:
         if run.rank != 0:
             return
         row: dict[str, Any] = dict(zip(FIXED, (step, epoch, samples, seconds, stage), strict=True))
-        row.update({f"metric:{name}" if name in FIXED else name: value for name, value in metrics.items()})
+        row.update({f"metric:{name}" if name in FIXED else _written(name): value for name, value in metrics.items()})
         (self._table or self._open(run)).add(row)
 
     @hookimpl
@@ -99,6 +99,12 @@ class Csv:
         folder = run.dir if self.dir is None or run.options.fast_dev_run else Path(self.dir)  # a trial run leaves nothing behind
         self._table = _Table(folder / "metrics.csv")
         return self._table
+
+
+def _written(name: str) -> str:
+    """A name may have halves of surrogate pairs, which UTF-8 has not, and a NUL, which not every reader of CSV takes: they are written
+    as ``\\ud800`` and ``\\x00``."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 class _Table:

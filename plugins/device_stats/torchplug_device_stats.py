@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
@@ -38,6 +39,10 @@ class DeviceStats:
     def __post_init__(self) -> None:
         if not isinstance(self.cpu_stats, bool):
             raise TypeError(f"cpu_stats must be True or False, got {self.cpu_stats!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes get: not what belongs to this one."""
+        return {**vars(self), "_process": None}
 
     @hookimpl
     def on_train_start(self) -> None:

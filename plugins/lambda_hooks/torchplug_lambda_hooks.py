@@ -48,6 +48,14 @@ class LambdaHooks:
             if hook not in self._functions:
                 setattr(self, hook, None)  # not implemented by this instance
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes get: the functions as they were given, which may be of a module that is there too."""
+        return {"hooks": self.hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.hooks, self._functions = state["hooks"], {}
+        self.__post_init__()
+
 
 def _closest(word: Any, words: Any) -> str:
     near = difflib.get_close_matches(str(word), words, n=1)

@@ -20,7 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 from torchplug import Module, Run, Trainer, hookimpl
-from torchplug.trial import apart, trial
+from torchplug.trials import apart, trial
 
 __all__ = ["LearningRateFinder", "RangeTest", "lr_find"]
 
@@ -192,6 +192,9 @@ class LearningRateFinder:
     _sets: bool = field(init=False, default=True, repr=False)  # whether what is found is used
 
     def __post_init__(self) -> None:
+        for name in ("min_lr", "max_lr", "steps", "smoothing", "divergence"):
+            if not isinstance(getattr(self, name), int if name == "steps" else (int, float)):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 < self.min_lr < self.max_lr:
             raise ValueError(f"min_lr must be above 0 and below max_lr, got {self.min_lr!r} and {self.max_lr!r}")
         if self.steps < 10:

@@ -241,6 +241,7 @@ class _Backend:
             tags["mlflow.user"] = getpass.getuser()
         if options.parent is not None:
             tags["mlflow.parentRunId"] = options.parent
+        tags["torchplug.versions"] = json.dumps(start["versions"])  # of torchplug, torch, Python and the plugins
         tags.update(options.tags or {})
         tags = {name: _clean(str(value))[:TAG] for name, value in tags.items()}
         name = options.run_name or self._place.run_dir.name
@@ -258,6 +259,10 @@ class _Backend:
         if self._held:
             self._held = False
             _environment.__exit__()
+        tracking = getattr(getattr(self, "client", None), "_tracking_client", None)
+        engine = getattr(getattr(tracking, "store", None), "engine", None)
+        if engine is not None:  # MLflow keeps each file that it knows open; it opens it again where it is needed
+            engine.dispose()
 
     # ------------------------------------------------------------------ records
 

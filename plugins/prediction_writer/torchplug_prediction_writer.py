@@ -53,6 +53,7 @@ class PredictionWriter:
     _kept: list[dict[str, Any]] = field(init=False, default_factory=list, repr=False)
 
     after = "*"  # the last word on what the outputs are
+    observes = True  # an error of it ends the run all the same
 
     def __post_init__(self) -> None:
         if self.dir is not None and (not isinstance(self.dir, (str, os.PathLike)) or not str(self.dir)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -61,13 +62,13 @@ class Profiler:
     """Measures every call of every hook: those of plugins, of the module, and core's own answers to operations.
 
     When the run is over, a table lists plugins and hooks by their own time, which is without the hooks that ran inside of them.
-    ``timeline-RANK.json`` in the run's directory holds the calls one by one, in the Trace Event Format that Chrome
-    (``chrome://tracing``) and https://ui.perfetto.dev open. "core train_step" is the module's ``training_step``, "data next batch"
-    is the time that the run waits for its loaders.
+    ``timeline-RANK.json`` in the run's directory, or the file of ``Trainer(trace=...)``, holds the calls one by one, in the Trace
+    Event Format that Chrome (``chrome://tracing``) and https://ui.perfetto.dev open. "core train_step" is the module's
+    ``training_step``, "data next batch" is the time that the run waits for its loaders.
 
     Args:
         rows: Rows of the table that is shown; the attribute ``spent`` has all of them.
-        timeline: Whether the timeline is written.
+        timeline: Whether the timeline is written, or the file to write it to; of another rank than 0, FILE-RANK.
         max_calls: How many calls the timeline holds at most, the first ones, at about 200 bytes each. The table counts all.
         synchronize: Whether the device is waited for before and after each call. A call then takes the time of the work that
             it starts, and the run is slower. Without it, work on a GPU shows where somebody waits for it.
@@ -78,11 +79,12 @@ class Profiler:
     """
 
     rows: int = 20
-    timeline: bool = True
+    timeline: bool | str | os.PathLike[str] = True
     max_calls: int = 200_000
     synchronize: bool = False
 
     before = ("*",)  # the last of the plugins in what is told in reverse order
+    observes = True  # an error of it ends the run all the same
 
     spent: dict[tuple[str, str], Spent] = field(init=False, default_factory=dict, repr=False)
     seconds: float = field(init=False, default=0.0, repr=False)
@@ -97,9 +99,10 @@ class Profiler:
         for name, least in (("rows", 1), ("max_calls", 0)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {getattr(self, name)!r}")
-        for name in ("timeline", "synchronize"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.synchronize, bool):
+            raise TypeError(f"synchronize must be True or False, got {self.synchronize!r}")
+        if not isinstance(self.timeline, (bool, str, os.PathLike)) or not str(self.timeline):
+            raise TypeError(f"timeline must be True, False or a path, got {self.timeline!r}")
 
     # ------------------------------------------------------------------ what core calls around every hook
 
@@ -172,11 +175,17 @@ class Profiler:
         self.seconds = (time.perf_counter_ns() - self._begin) / 1e9
         lines = [self.table()]
         if self.timeline:
-            path = run.dir / f"timeline-{run.rank}.json"
+            path = self._path(run)
             self._write(path, run.rank)
             lines.append(f"{len(self._calls)} calls in {path}" + (f", {self._left_out} later ones left out" if self._left_out else ""))
         run.report[run.name_of(self)] = "\n".join(lines)
         self._over, self._run, self._calls = True, None, []
+
+    def _path(self, run: Run) -> Path:
+        if isinstance(self.timeline, bool):
+            return run.dir / f"timeline-{run.rank}.json"
+        path = Path(self.timeline)
+        return path.with_stem(f"{path.stem}-{run.rank}") if run.rank else path
 
     def table(self) -> str:
         """Where the time of the last run went, the most expensive hook first."""

@@ -155,6 +155,7 @@ class Events:
         self.chosen, self.nested = chosen, nested
         self.where = ""
         self._file: BinaryIO | None = None
+        self._changed = False  # whether the run goes on with other versions
 
     # ------------------------------------------------------------------ the list
 
@@ -236,7 +237,7 @@ class Events:
 
     def _last(self) -> dict[str, Any]:
         last: dict[str, Any] = json.loads(json.dumps(self.marks[-1])) if self.marks else {}
-        return {"row": {}, "best": {}, "shown": {}, "status": "", **last}
+        return {"row": {}, "best": {}, "shown": {}, "status": "", "versions": {}, **last}
 
     # ------------------------------------------------------------------ what is written
 
@@ -254,6 +255,8 @@ class Events:
         """Remembers what HPARAMS shows when the run is over."""
         if record["event"] == "on_run_start":
             self._now["status"] = ""
+            self._changed = record.get("versions", {}) != self._now["versions"]
+            self._now["versions"] = record.get("versions", {})
         elif record["event"] == "log_hyperparameters":
             self._now["row"] = {**self._now["row"], **dict(_flat(record["hyperparameters"]))}
         elif record["event"] == "log_metrics":
@@ -273,12 +276,18 @@ class Events:
             if self.chosen is not None:
                 row.MergeFrom(_columns(self._now["row"], [_column(*each) for each in self.chosen.items()]))
             self._add(row, 0, time)  # one record, one event
+        elif event == "on_run_start" and self._changed:
+            table = [f"| {name} | {version} |" for name, version in {"what": "version", "---": "---", **record["versions"]}.items()]
+            self._text("torchplug/versions", "\n".join(table), record["step"], time)
         elif event == "log_text":
-            from torch.utils.tensorboard.summary import text
-
-            self._add(text(record["name"], record["text"]), record["step"], time)  # type: ignore[no-untyped-call]
+            self._text(record["name"], record["text"], record["step"], time)
         elif event == "log_figure":
-            self._add(_image(record["name"], (self.place.journal.parent / record["path"]).read_bytes()), record["step"], time)
+            self._add(_image(_utf8(record["name"]), (self.place.journal.parent / record["path"]).read_bytes()), record["step"], time)
+
+    def _text(self, name: str, content: str, step: int, time: float) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self._add(text(_utf8(name), _utf8(content)), step, time)  # type: ignore[no-untyped-call]
 
     def _add(self, summary: Any, step: int, time: float) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -349,7 +358,7 @@ def _scalars(metrics: Mapping[str, float]) -> Any:
     """What ``SummaryWriter.add_scalar`` writes for each of them, in one message: the cost is that of a message."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()])
+    return Summary(value=[Summary.Value(tag=_utf8(name), simple_value=value) for name, value in metrics.items()])
 
 
 def _image(name: str, png: bytes) -> Any:
@@ -374,13 +383,20 @@ def _column(name: str, choice: str) -> str:
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
     """Nested hyperparameters as ``outer/inner``; what is neither a finite number, a bool nor a text becomes text."""
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        name = _utf8(f"{prefix}{key}")
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}/")
-        elif isinstance(value, (bool, str)) or (isinstance(value, (int, float)) and math.isfinite(value)):
+        elif isinstance(value, str):
+            yield name, _utf8(value)
+        elif isinstance(value, bool) or (isinstance(value, (int, float)) and math.isfinite(value)):
             yield name, value
         else:  # the page of TensorBoard cannot show a number that is not finite
-            yield name, str(value)
+            yield name, _utf8(str(value))
+
+
+def _utf8(text: str) -> str:
+    """A text may have halves of surrogate pairs, which an event cannot: they are written as ``\\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _columns(row: Mapping[str, bool | float | str], metrics: Sequence[str]) -> Any:

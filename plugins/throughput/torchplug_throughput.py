@@ -67,6 +67,7 @@ class Throughput:
     _by_sample: bool = field(init=False, default=True, repr=False)
 
     before = "*"  # what others do at an epoch's end, or for a validation, is a pause
+    observes = True  # an error of it ends the run all the same
 
     def __post_init__(self) -> None:
         if type(self.window_size) is not int or self.window_size < 1:

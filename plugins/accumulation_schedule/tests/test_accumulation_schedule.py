@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl, seed_everything
 from torchplug.checkpoint import CheckpointError
+from torchplug.testing import check_plugin
 from torchplug_accumulation_schedule import AccumulationSchedule
 
 torch.set_num_threads(1)
@@ -82,6 +83,10 @@ def by_hand(data: list[Tensor], lengths: list[int]) -> nn.Sequential:
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("accumulation_schedule", scheduling={0: 1, 1: 2})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from torchplug import DataModule, Module, PluginError, Trainer, hookimpl
-from torchplug.trial import out_of_memory, rebatched
+from torchplug.testing import check_plugin
+from torchplug.trials import out_of_memory, rebatched
 from torchplug_batch_size_finder import BatchSizeFinder, _divisor, confirm, scale_batch_size, search
 
 torch.set_num_threads(1)
@@ -202,6 +203,10 @@ def reachable(mode: str, init: int, limit: int) -> set[int]:
         sizes.add(size)
         size *= 2
     return {size for size in sizes if size <= limit}
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("batch_size_finder", max=2)
 
 
 @pytest.mark.parametrize("mode", ["power", "binary"])

@@ -19,6 +19,7 @@ import torchplug.run
 import torchplug_checkpoint
 from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.checkpoint import CheckpointError, load, verify
+from torchplug.testing import check_plugin
 from torchplug_checkpoint import Checkpoint
 
 torch.set_num_threads(1)
@@ -92,6 +93,10 @@ def folder(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------- the best
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("checkpoint", monitor="val_loss")
 
 
 @settings(max_examples=20, deadline=None)

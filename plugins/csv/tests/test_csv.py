@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, Trainer, hookimpl
+from torchplug.testing import check_logger, check_plugin
 from torchplug_csv import FIXED, Csv
 
 BATCHES = 3
@@ -78,6 +79,10 @@ def call(table, metrics, step=1):
     return run
 
 
+def test_it_passes_the_conformance_checks():
+    check_plugin("csv")
+
+
 def test_there_is_a_row_for_each_record_with_exactly_its_values(tmp_path):
     watcher = Watcher()
     t = trainer(tmp_path, watcher, max_epochs=2)
@@ -89,6 +94,14 @@ def test_there_is_a_row_for_each_record_with_exactly_its_values(tmp_path):
         filled = {name: value for name, value in row.items() if value}
         assert filled.pop("stage") == record.pop("stage")
         assert {name: float(value) for name, value in filled.items()} == record
+
+
+def test_it_keeps_every_promise_of_a_logger():
+    def stored(run_dir):
+        rows = [({name: row.pop(name) for name in FIXED}, row) for row in read(run_dir / "metrics.csv")]
+        return [(name.removeprefix("metric:"), place["step"], value) for place, row in rows for name, value in row.items() if value]
+
+    check_logger("csv", read=stored)
 
 
 def test_every_record_is_on_disk_before_the_next_plugin_sees_it(tmp_path):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torchplug import Module, Trainer, hookimpl, seed_everything
+from torchplug.testing import check_plugin
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -455,6 +456,10 @@ def close(one: Any, other: Any, tolerance: float) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert other[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("ddp", timeout="30s")
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -11,6 +11,7 @@ from torch import nn
 
 import torchplug_device_stats
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_device_stats import DeviceStats
 
 torch.set_num_threads(1)
@@ -46,6 +47,10 @@ def fit(path: Any, module: Any, *plugins: Any, **options: Any) -> list[tuple[int
     defaults = {"max_epochs": 1, "log_every_n_steps": 2, "root_dir": path}
     Trainer(**{**defaults, **options}, plugins=[*plugins, records]).fit(module, [torch.ones(1, 2)] * 6)
     return records.all
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("device_stats")
 
 
 def test_it_samples_at_logging_steps_what_psutil_says(tmp_path: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_early_stopping import EarlyStopping
 
 torch.set_num_threads(1)
@@ -61,6 +62,10 @@ def folder(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------- patience
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("early_stopping", monitor="val_loss")
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 3), (1, 3), (2, 4), (3, 5), (9, 8)])

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.checkpoint import load
+from torchplug.testing import check_plugin
 from torchplug_ema import Ema
 
 torch.set_num_threads(1)
@@ -131,6 +132,10 @@ def assert_equal(one, other):
 
 
 # ---------------------------------------------------------------------- the recurrence
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("ema", decay=0.8)
 
 
 @pytest.mark.parametrize(

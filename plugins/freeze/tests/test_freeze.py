@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl, seed_everything
+from torchplug.testing import check_plugin
 from torchplug_freeze import Freeze
 
 torch.set_num_threads(1)
@@ -95,6 +96,10 @@ BACKBONE = {name for name in PARAMETERS if "backbone" in name}
 HEAD = PARAMETERS - BACKBONE
 START = {name: value.clone() for name, value in Net().state_dict().items()}
 STAGED = {"frozen": ["net.backbone"], "unfreeze": {1: {"net.backbone.3": 0.05, "net.backbone.4": 0.05}, 3: {"net.backbone": 0.01}}}
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("freeze", frozen=["layer.bias"])
 
 
 def test_what_is_frozen_stays_bit_for_bit_with_its_statistics(tmp_path: Any) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Run, Trainer, checkpoint, cli, seed_everything, sharded
+from torchplug.testing import check_plugin
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU")
 
@@ -194,6 +195,10 @@ def variants(root: Path) -> dict[str, Any]:
     for strategy in ("ddp", "fsdp"):
         found[f"{strategy} with buffers"] = fit(root, strategy, 2, Net(batchnorm=True), max_epochs=1)
     return found
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("fsdp", timeout="30s")
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:

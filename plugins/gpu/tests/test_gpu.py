@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import torchplug_gpu
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_gpu import AHEAD, Gpu, _choose, _Transfer
 
 torch.set_num_threads(1)
@@ -186,6 +187,10 @@ def transfer(dtype: torch.dtype | None = None, kind: str = "cpu") -> _Transfer:
 
 
 # ---------------------------------------------------------------------- the transfer, in any order of work
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("gpu")
 
 
 @pytest.mark.parametrize("prefer", ["compute", "copies"])

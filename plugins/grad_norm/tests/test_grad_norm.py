@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_grad_norm import GradNorm
 
 torch.set_num_threads(1)
@@ -73,6 +74,10 @@ def expected(module: Any, data: list[Tensor], p: float = 2.0) -> dict[str, float
         f"grad_{p}_norm/net.2": norm("net.2.weight", "net.2.bias"),
         f"grad_{p}_norm/scale": norm("scale"),
     }
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("grad_norm")
 
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF])

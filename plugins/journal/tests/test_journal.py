@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, Run, Trainer, hookimpl
 from torchplug.hookspecs import Hooks
+from torchplug.testing import check_logger, check_plugin
 from torchplug_journal import Journal
 
 BATCHES = 3
@@ -87,6 +88,10 @@ def one(records, event):
 # ---------------------------------------------------------------------- what is in it
 
 
+def test_it_passes_the_conformance_checks():
+    check_plugin("journal")
+
+
 def test_the_events_of_a_fit_stand_in_the_order_in_which_they_happened(tmp_path):
     t = trainer(tmp_path, max_epochs=2)
     t.fit(Net(), loader(), loader())
@@ -97,6 +102,14 @@ def test_the_events_of_a_fit_stand_in_the_order_in_which_they_happened(tmp_path)
         "on_run_start", "on_fit_start", "on_sanity_start", "on_sanity_end", "on_train_start", *epoch, *epoch,
         "on_train_end", "on_fit_end", "on_run_end",
     ]  # fmt: skip
+
+
+def test_it_keeps_every_promise_of_a_logger():
+    def stored(run_dir):
+        records = [record for record in read(run_dir) if record["event"] == "log_metrics"]
+        return [(name, record["step"], value) for record in records for name, value in record["metrics"].items()]
+
+    check_logger("journal", read=stored)
 
 
 def test_the_events_of_test_and_predict_are_there_too(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchplug import Module, PluginError, Trainer
+from torchplug import Module, PluginError, Run, Trainer
 from torchplug.hookspecs import Hooks
+from torchplug.testing import check_plugin
 from torchplug_lambda_hooks import LambdaHooks
 
 torch.set_num_threads(1)
@@ -44,6 +45,14 @@ def fit(path: Any, *plugins: Any, **options: Any) -> Any:
 
 def lambdas(**hooks: Any) -> Any:
     return {"lambda_hooks": {"hooks": hooks}}
+
+
+def _count(run: Run) -> None:
+    run.module.epochs = getattr(run.module, "epochs", 0) + 1
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("lambda_hooks", hooks={"on_train_epoch_end": _count})
 
 
 def test_a_function_gets_the_arguments_that_it_names(tmp_path: Any) -> None:

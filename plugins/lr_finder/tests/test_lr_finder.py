@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from torchplug import Module, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_lr_finder import METHODS, LearningRateFinder, RangeTest, lr_find
 
 torch.set_num_threads(1)
@@ -88,6 +89,10 @@ def find(module, tmp_path, **options):
 
 
 # ---------------------------------------------------------------------- the curve
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("lr_finder", steps=20)
 
 
 def test_a_constant_loss_is_that_constant_from_the_first_point_on_and_rates_are_geometric(tmp_path):

@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_lr_monitor import LRMonitor
 
 torch.set_num_threads(1)
@@ -60,6 +61,10 @@ def fit(path: Any, module: Any, plugin: Any, *others: Any, **options: Any) -> Re
 def decaying(module: Any) -> Any:
     optimizer = SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"}]
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("lr_monitor")
 
 
 def test_a_record_has_the_rate_with_which_its_step_was_taken(tmp_path: Any) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchplug_mlflow
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_logger, check_plugin
 from torchplug.tracking import Place, deliver, first
 from torchplug_mlflow import Mlflow
 
@@ -147,6 +148,11 @@ def replay(run_dir, **options):
 # ---------------------------------------------------------------------- metrics and the run
 
 
+@pytest.mark.slow
+def test_it_passes_the_conformance_checks(tmp_path):
+    check_plugin("mlflow", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
 def test_values_are_those_of_the_journal_at_their_steps_and_times(tmp_path):
     t = trainer(tmp_path, max_epochs=2)
     t.fit(Net(), loader(), loader())
@@ -154,6 +160,16 @@ def test_values_are_those_of_the_journal_at_their_steps_and_times(tmp_path):
     assert found.points() == expected(t.run.dir)
     assert sum(found.points().values()) == 2 * (BATCHES + 1 + 1)
     assert {step for name, step, *_ in found.points() if name == "val/loss"} == {BATCHES, 2 * BATCHES}
+
+
+@pytest.mark.slow
+def test_it_keeps_every_promise_of_a_logger():
+    def stored(run_dir):
+        found = Found(run_dir.parents[1], first(run_dir / "journal.jsonl")["id"])
+        for key in found.run.data.metrics:
+            yield from ((found.names.get(key, key), row.step, row.value) for row in found.client.get_metric_history(found.id, key))
+
+    check_logger("mlflow", read=stored)
 
 
 def test_the_run_has_the_names_the_times_and_the_status_of_the_journal(tmp_path):
@@ -220,6 +236,13 @@ ODD = {
 class Odd(Net):
     def on_train_epoch_end(self):
         self.log_dict(ODD)
+
+
+def test_the_versions_of_what_took_part_are_a_tag(tmp_path):
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(Net(), loader(), loader())
+    versions = json.loads(Found(tmp_path, t.run.id).tags["torchplug.versions"])
+    assert versions["mlflow"] == "torchplug-mlflow 0.1.0" and versions["torch"] == torch.__version__
 
 
 def test_odd_names_and_numbers_are_all_there_and_their_names_in_tags(tmp_path, caplog):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_prediction_writer import PredictionWriter
 
 torch.set_num_threads(1)
@@ -54,6 +55,10 @@ def load(path: Path) -> Any:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("prediction_writer")
 
 
 def test_each_batch_is_a_file_with_what_predict_returned_and_where_it_belongs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import torchplug_profiler
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_profiler import Profiler
 
 torch.set_num_threads(1)
@@ -99,6 +100,10 @@ def fit(path: Path, *plugins: Any, clock: Clock | None = None, module: Module | 
     )
     trainer.fit(module or Net(clock), Batches(clock), Batches(clock, 2) if clock else None)
     return trainer
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("profiler")
 
 
 def test_each_hook_has_its_own_time(tmp_path: Path, clock: Clock) -> None:
@@ -272,7 +277,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     [
         ({"rows": 0}, "rows must be a whole number, at least 1, got 0"),
         ({"max_calls": -1}, "max_calls must be a whole number, at least 0, got -1"),
-        ({"timeline": "no"}, "timeline must be True or False, got 'no'"),
+        ({"timeline": 3}, "timeline must be True, False or a path, got 3"),
         ({"synchronise": True}, "did you mean 'synchronize'"),
     ],
 )

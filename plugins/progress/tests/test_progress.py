@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import torchplug_progress
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_progress import Progress
 
 BATCHES = [torch.full((2, 3), float(i)) for i in range(4)]
@@ -174,6 +175,10 @@ def plain(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------- plain lines
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("progress")
 
 
 def test_plain_output_is_one_line_per_epoch_with_its_values(plain):

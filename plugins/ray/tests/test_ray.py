@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, checkpoint, hookimpl, seed_everything
 from torchplug.distributed import RankFailed
+from torchplug.testing import check_plugin
 
 torch.set_num_threads(1)
 
@@ -58,6 +59,10 @@ class Remembers:
     @hookimpl
     def on_train_batch_end(self, run: Any) -> None:
         self.steps = run.position.step
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("ray")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchplug import PluginError, Trainer
+from torchplug.testing import check_plugin
 from torchplug_standard import plugins
 
 if sys.version_info >= (3, 11):
@@ -18,6 +19,10 @@ else:
 
 def project():
     return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("standard")
 
 
 def test_the_list_names_exactly_the_plugins_that_the_package_depends_on_but_for_the_gpu_which_the_accelerator_names():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_summary import Summary, _short
 
 
@@ -70,6 +71,10 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 # ---------------------------------------------------------------------- numbers
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("summary")
 
 
 def test_parameters_and_sizes_are_those_of_the_formula(fit):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.checkpoint import load
+from torchplug.testing import check_plugin
 from torchplug_swa import Swa
 
 torch.set_num_threads(1)
@@ -143,6 +144,10 @@ def assert_equal(one, other):
 
 
 # ---------------------------------------------------------------------- which weights
+
+
+def test_it_passes_the_conformance_checks():
+    check_plugin("swa", start=1, every_n_steps=1, lr=0.01)
 
 
 @pytest.mark.parametrize(

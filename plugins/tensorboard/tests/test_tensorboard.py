@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from torchplug import Module, Trainer, hookimpl
+from torchplug.testing import check_logger, check_plugin
 from torchplug_tensorboard import Events, Tensorboard, _events
 
 BATCHES = 3
@@ -97,6 +98,10 @@ def session(folder, part):
 # ---------------------------------------------------------------------- metrics
 
 
+def test_it_passes_the_conformance_checks():
+    check_plugin("tensorboard")
+
+
 def test_scalars_are_the_records_of_every_other_logger_at_their_steps(tmp_path):
     recorder = Recorder()
     t = trainer(tmp_path, recorder, max_epochs=2)
@@ -105,6 +110,28 @@ def test_scalars_are_the_records_of_every_other_logger_at_their_steps(tmp_path):
     assert scalars(t.run.dir / "tensorboard") == expected
     assert [step for step, _ in expected["loss_step"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in expected["val/loss"]] == [step for step, _ in expected["loss_epoch"]] == [3, 6]
+
+
+@pytest.mark.slow
+def test_it_keeps_every_promise_of_a_logger():
+    def stored(run_dir):
+        return [(name, *point) for name, points in scalars(run_dir / "tensorboard").items() for point in points]
+
+    check_logger("tensorboard", read=stored)
+
+
+def test_texts_that_utf8_has_not_are_written_in_another_way_and_hold_up_nothing(tmp_path):
+    class Odd(Net):
+        def on_train_start(self):
+            self._run.log_text("text \ud800", "half \ud800")
+
+    t = trainer(tmp_path)
+    t.fit(Odd(**{"name \ud800": "half \ud800"}), loader())
+    folder = t.run.dir / "tensorboard"
+    assert session(folder, "session_start_info").hparams["name \\ud800"].string_value == "half \\ud800"
+    (text,) = read(folder).Tensors("text \\ud800/text_summary")
+    assert tensor_util.make_ndarray(text.tensor_proto).item().decode() == "half \\ud800"
+    assert len(scalars(folder)["loss_step"]) == BATCHES
 
 
 def test_names_and_numbers_of_any_kind_are_passed_on_as_they_are(tmp_path):
@@ -138,6 +165,12 @@ class Reader:
     @hookimpl
     def on_validation_end(self, run):
         self.look(run)
+
+
+def test_the_versions_of_what_took_part_are_a_text(tmp_path):
+    run = fit(tmp_path)
+    ((_, content),) = everything(run.dir / "tensorboard")["tensorboard", "torchplug/versions/text_summary"]
+    assert b"| tensorboard | torchplug-tensorboard 0.1.0 |" in content and f"| torch | {torch.__version__} |".encode() in content
 
 
 def test_what_is_recorded_is_in_the_file_soon(tmp_path):
@@ -584,7 +617,7 @@ def test_a_run_that_was_killed_and_goes_on_shows_each_point_once(tmp_path, saved
     folder = tmp_path / "b" / "net" / "version_0"
     assert fit(tmp_path / "b", path=folder / f"{saved}.safetensors").dir == folder
     assert everything(folder / "tensorboard") == whole
-    assert len(whole) == 7 and len(whole["tensorboard", "note/text_summary"]) == 6
+    assert len(whole) == 8 and len(whole["tensorboard", "note/text_summary"]) == 6
 
 
 def test_what_several_killed_processes_wrote_is_kept_beside_and_can_be_read(tmp_path):

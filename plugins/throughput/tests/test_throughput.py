@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import torchplug_throughput
 from torchplug import Module, PluginError, Trainer, hookimpl
+from torchplug.testing import check_plugin
 from torchplug_throughput import Throughput
 
 torch.set_num_threads(1)
@@ -84,6 +85,10 @@ def fit(path: Any, module: Any, data: Any, *plugins: Any, val: Any = None, **opt
     defaults = {"max_epochs": 1, "log_every_n_steps": 1, "root_dir": path, "num_sanity_val_steps": 0}
     Trainer(**{**defaults, **options}, plugins=[*plugins, records]).fit(module, data, val)
     return records
+
+
+def test_it_passes_the_conformance_checks() -> None:
+    check_plugin("throughput", window_size=2, peak_flops=1e12)
 
 
 def test_rates_are_samples_and_steps_by_the_time_since_the_first_batch(tmp_path: Any, clock: Clock) -> None:

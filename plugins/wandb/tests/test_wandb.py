@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from wandb.proto import wandb_internal_pb2 as messages
 
 from torchplug import Module, Trainer, hookimpl
+from torchplug.testing import check_logger, check_plugin
 from torchplug.tracking import Place, deliver, first
 from torchplug_wandb import Wandb
 
@@ -181,6 +182,11 @@ def artifacts(folder):
 # ---------------------------------------------------------------------- the plugin
 
 
+@pytest.mark.slow
+def test_it_passes_the_conformance_checks():
+    check_plugin("wandb", mode="offline")
+
+
 def test_nothing_of_wandb_is_imported_before_a_run():
     code = "import sys, torchplug_wandb; torchplug_wandb.Wandb(project='p'); sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -217,6 +223,16 @@ def test_rows_are_the_records_of_the_journal_for_fit_validate_and_test(tmp_path)
     assert len(files(t.run.dir / "wandb")) == 3 and exits(t.run.dir / "wandb") == [0, 0, 0]
     ids = {each.run.run_id for each in contents(t.run.dir / "wandb") if each.WhichOneof("record_type") == "run"}
     assert ids == {t.run.id}
+
+
+@pytest.mark.slow
+def test_it_keeps_every_promise_of_a_logger():
+    def stored(run_dir):
+        for step, _, row in written(run_dir / "wandb"):
+            columns = {"epoch", "samples", "seconds"} | ({"step"} if row["step"] == step else set())  # a metric of that name wins
+            yield from ((name.removeprefix("metric:"), step, value) for name, value in row.items() if name not in columns)
+
+    check_logger("wandb", read=stored, mode="offline")
 
 
 def test_the_step_is_that_of_the_optimizer_with_accumulation_too(tmp_path):

@@ -66,6 +66,7 @@ class Checkpoint:
     save_on_exception: bool = False
 
     after = ("*",)  # what is decided here is decided after everybody handled the event
+    observes = True  # an error of it ends the run all the same
 
     def __post_init__(self) -> None:
         self._check()

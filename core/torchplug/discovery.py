@@ -1,0 +1,247 @@
+"""What is installed, read from the metadata of packages alone: no plugin is imported, and neither is torch.
+
+The folders of ``sys.path`` are read directly, and what takes long to import is imported when it is needed: a listing of plugins
+is there at once. The standard library's ``importlib.metadata`` does the rest as soon as something is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torchplug
+from torchplug.versions import allows
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
+__all__ = ["BUNDLE", "COMMANDS", "GROUP", "Catalogue", "Found", "PluginError", "discover", "find", "installed", "load", "scan"]
+
+GROUP = "torchplug"
+BUNDLE = "standard"  # what Trainer() takes when no plugins are named
+COMMANDS = "torchplug.commands"  # entry points that bring a command: name -> a function of the words after it that gives the exit code
+METADATA = {".dist-info": "METADATA", ".egg-info": "PKG-INFO"}  # ending of a package's folder -> the file that describes it
+
+
+class PluginError(Exception):
+    """A plugin cannot be found, built, ordered or used. The message names it, its package, and what to do."""
+
+
+class Found(NamedTuple):
+    """An entry point of an installed package; `load` imports what it names.
+
+    Args:
+        name: the plugin's name.
+        value: where it is, as module:attribute.
+        distribution: the package.
+        version: the package's version.
+        folder: the folder with the package's metadata.
+    """
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    folder: str
+
+    @property
+    def package(self) -> Distribution:
+        """The package, as the standard library describes it."""
+        from importlib.metadata import Distribution
+
+        return Distribution.at(self.folder)
+
+    @property
+    def requires(self) -> list[str]:
+        """What the package needs, as its metadata says it."""
+        return re.findall(r"^Requires-Dist: *(.+?)\s*$", _header(self.folder), re.MULTILINE)
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+
+    @property
+    def range(self) -> str:
+        """The versions of torchplug that its package asks for, such as ">=0.1,<0.2"; empty if it does not say."""
+        ranges = []
+        for line in self.requires:
+            asked = re.fullmatch(
+                r"torchplug(?![\w.-])\s*(?:\[[^\]]*\])?\s*\(?([^;()@]*)\)?\s*", line
+            )  # one with a marker is for another place
+            if asked:
+                ranges.append(asked[1].replace(" ", ""))
+        return ",".join(filter(None, ranges))
+
+    def check_version(self) -> None:
+        """Refuses a plugin that was made for another version of the core.
+
+        Raises:
+            PluginError: it says both versions and what to install.
+        """
+        try:
+            fits = allows(self.range, torchplug.__version__)
+        except ValueError as error:
+            raise PluginError(f"{self.label}: its requirement torchplug{self.range} cannot be read: {error}") from None
+        if not fits:
+            raise PluginError(
+                f"{self.label} is made for torchplug{self.range}, and torchplug {torchplug.__version__} is installed: "
+                f"pip install --upgrade {self.distribution}, or pip install 'torchplug{self.range}'"
+            )
+
+    def load(self) -> Any:
+        """The plugin's class, or the list of a bundle.
+
+        Raises:
+            PluginError: it is made for another core, or cannot be imported.
+        """
+        self.check_version()
+        try:
+            return load(self.value)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            mine = missing == self.value.partition(":")[0].partition(".")[0]
+            raise PluginError(
+                f"{self.label}: {self.value} cannot be imported: there is no module {error.name!r}: "
+                + (f"pip install --force-reinstall {self.distribution}" if mine else f"pip install what {missing!r} is part of")
+            ) from error
+        except Exception as error:
+            raise PluginError(f"{self.label}: {self.value} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+class Catalogue:
+    """What is installed, read once and only if a name has to be looked up."""
+
+    @cached_property
+    def _read(self) -> tuple[list[Found], list[str]]:
+        return scan(GROUP)
+
+    @property
+    def found(self) -> list[Found]:
+        """All plugins, sorted by name."""
+        return self._read[0]
+
+    @property
+    def unreadable(self) -> list[str]:
+        """A line for each package whose metadata cannot be read; what is in it is not found."""
+        return self._read[1]
+
+    def find(self, name: str) -> Found:
+        """The plugin ``name``, or ``distribution/name``.
+
+        Raises:
+            PluginError: it is not installed, or several packages have it.
+        """
+        distribution, _, plain = name.rpartition("/")
+        hits = [each for each in self.found if each.name == plain and (not distribution or each.distribution == distribution)]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            both = " and ".join(f"{each.distribution} {each.version}" for each in hits)
+            raise PluginError(f"plugin {plain!r} is provided by {both}: write {hits[0].distribution + '/' + plain!r} to take the first")
+        from torchplug.options import closest
+
+        package = "torchplug-" + plain.replace("_", "-")
+        meant = closest(plain, [each.name for each in self.found])
+        listed = ", ".join(each.name for each in self.found) or "none"
+        raise PluginError(
+            f"plugin {name!r} is not installed{meant or '.'} If it is a package of its own: pip install {package} "
+            f"(installed plugins: {listed})" + "".join(f"; {line}" for line in self.unreadable)
+        )
+
+    def origin(self, plugin: Any) -> Found | None:
+        """The entry point of a plugin that was given as an object."""
+        value = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+        return next((each for each in self.found if each.value.replace(" ", "") == value), None)
+
+
+def scan(group: str) -> tuple[list[Found], list[str]]:
+    """The entry points in a group, sorted by name, and a line for each package that cannot be read."""
+    found, unreadable = list[Found](), list[str]()
+    for folder in _packages():
+        try:
+            found += _entries(folder, group)
+        except (OSError, ValueError) as error:  # whatever is wrong with one package is no matter of the others
+            unreadable.append(f"the metadata in {folder} cannot be read: {error}")
+    return sorted(found, key=lambda each: (each.name, each.distribution)), unreadable
+
+
+def _packages() -> Iterator[str]:
+    """The metadata folders of all packages; what comes first on the path hides others of its name."""
+    seen: set[str] = set()
+    for place in dict.fromkeys(sys.path):
+        try:
+            names = sorted(os.listdir(place or "."))
+        except OSError:  # an archive, or not there
+            continue
+        here = set()
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending in METADATA:
+                key = re.sub(r"[-_.]+", "_", stem.partition("-")[0]).lower()
+                here.add(key)
+                if key not in seen:
+                    yield os.path.join(place, name)
+        seen |= here
+
+
+def _entries(folder: str, group: str) -> Iterator[Found]:
+    try:
+        content = _content(folder, "entry_points.txt")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if group.encode() not in content:
+        return
+    inside = False
+    for line in map(str.strip, content.decode().splitlines()):
+        if line.startswith("["):
+            inside = line == f"[{group}]"
+        elif inside and line and not line.startswith(("#", ";")):
+            name, _, value = (part.strip() for part in line.partition("="))
+            if not (name and value):
+                raise ValueError(f"entry_points.txt has the line {line!r}, which is not name = module:attribute")
+            yield Found(name, value, *_described(folder), folder)
+
+
+def _described(folder: str) -> tuple[str, str]:
+    """Name and version of a package."""
+    fields = dict(re.findall(r"^(Name|Version): *(\S+)", _header(folder), re.MULTILINE))
+    if len(fields) < 2:
+        raise ValueError(f"{METADATA[os.path.splitext(folder)[1]]} has no name or no version")
+    return fields["Name"], fields["Version"]
+
+
+def _header(folder: str) -> str:
+    """What describes a package, without the long text below it."""
+    return re.split(r"\r?\n\r?\n", _content(folder, METADATA[os.path.splitext(folder)[1]]).decode(), maxsplit=1)[0]
+
+
+def _content(folder: str, name: str) -> bytes:
+    with open(os.path.join(folder, name), "rb", buffering=0) as file:
+        return file.read()
+
+
+def load(value: str) -> Any:
+    """What an entry point names."""
+    from importlib.metadata import EntryPoint
+
+    return EntryPoint("", value, "").load()
+
+
+def discover() -> list[Found]:
+    """All installed plugins, sorted by name; nothing is imported."""
+    return Catalogue().found
+
+
+def installed(name: str) -> bool:
+    """Whether a plugin of this name is installed; its module is not imported."""
+    return any(each.name == name for each in Catalogue().found)
+
+
+def find(name: str) -> Found:
+    """The installed plugin ``name``; raises `PluginError` with what to do if there is none."""
+    return Catalogue().find(name)

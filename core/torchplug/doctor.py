@@ -1,0 +1,113 @@
+"""``torchplug doctor``: versions, devices, and everything about the installed plugins that would stop a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchplug
+from torchplug.discovery import COMMANDS, Catalogue, Found, PluginError, scan
+from torchplug.lock import FILE, Lock, differences
+from torchplug.plugins import SWITCH, bare
+
+__all__ = ["add_command"]
+
+
+def add_command(commands: Any) -> None:
+    """Adds ``doctor`` to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="look for what is wrong with the installation",
+        description="Show versions and devices, import every installed plugin, and say what is wrong: plugins that cannot be "
+        "imported or are made for another version, names that two packages have, broken metadata, a lock that does not fit. "
+        "Exit code 1 if there is something.",
+    )
+    parser.add_argument("--lock", metavar="FILE", help=f"the lock to compare with (default: {FILE} where it is there)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    for name, value in _facts():
+        print(f"{name:<12} {value}")
+    catalogue = Catalogue()
+    good = [found.name for found in catalogue.found if not _wrong_with(found)]
+    print(f"{'plugins':<12} {', '.join(good) or 'none'}")
+    problems = [*_problems(catalogue), *_lock_problems(catalogue, chosen.lock)]
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    if not problems:
+        print("nothing is wrong")
+    return 1 if problems else 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    """What a bug report should say, by name."""
+    yield "torchplug", torchplug.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", str(torch.__version__)
+    yield "pluggy", version("pluggy")
+    yield "safetensors", version("safetensors")
+    yield "devices", ", ".join(_devices())
+    distributed = torch.distributed
+    backends = ("gloo", "nccl", "mpi", "ucc")
+    there = [name for name in backends if distributed.is_available() and getattr(distributed, f"is_{name}_available")()]
+    yield "distributed", ", ".join(there) or "not in this build of torch"
+
+
+def _devices() -> Iterator[str]:
+    yield f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        yield f"cuda:{index} {torch.cuda.get_device_name(index)} ({memory:.0f} GiB)"
+    if torch.backends.mps.is_available():
+        yield "mps"
+
+
+def _wrong_with(found: Found) -> str:
+    """Why a plugin cannot be used, empty if it can."""
+    try:
+        found.load()
+    except PluginError as error:
+        return str(error)
+    except BaseException as error:  # a module may do anything when it is imported
+        return f"{found.label}: {found.value} cannot be imported: {type(error).__name__}: {error}"
+    return ""
+
+
+def _problems(catalogue: Catalogue) -> Iterator[str]:
+    try:
+        if bare():
+            yield f"the environment variable {SWITCH}=none leaves every plugin out of every run"
+    except PluginError as error:
+        yield str(error)
+    yield from catalogue.unreadable
+    for found in catalogue.found:
+        if why := _wrong_with(found):
+            yield why
+    for what, listed in (("plugin", catalogue.found), ("command", scan(COMMANDS)[0])):
+        for name, group in groupby(listed, lambda each: each.name):
+            several = list(group)
+            if len(several) > 1:
+                both = " and ".join(f"{each.distribution} {each.version}" for each in several)
+                remedy = f"name it {several[0].distribution + '/' + name!r}, or uninstall one" if what == "plugin" else "uninstall one"
+                yield f"{what} {name!r} is provided by {both}: {remedy}"
+
+
+def _lock_problems(catalogue: Catalogue, path: str | None) -> Iterator[str]:
+    if path is None and not Path(FILE).exists():
+        print(f"{'lock':<12} none; torchplug lock writes {FILE}")
+        return
+    try:
+        found = differences(Lock.read(path or FILE), catalogue)
+    except PluginError as error:
+        found = [str(error)]
+    print(f"{'lock':<12} {path or FILE}, {f'{len(found)} differences' if found else 'as installed'}")
+    yield from found

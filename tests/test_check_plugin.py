@@ -1,0 +1,354 @@
+"""`check_plugin` finds what is wrong: for each check a plugin that is broken in this one way, and a good one that passes them all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchplug.testing import check_plugin, hermetic
+from torchplug.testing.check import CHECKS
+from torchplug.testing.subject import Subject
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+GOOD = '''
+    import os, signal, threading, time
+    from dataclasses import dataclass, field
+    from typing import Any
+
+    import torch
+
+    from torchplug import Run, hookimpl
+
+
+    @dataclass(kw_only=True, eq=False)
+    class Counter:
+        """Counts optimizer steps.
+
+        Args:
+            every: Count every this many steps.
+        """
+
+        every: int = 1
+
+        count: int = field(init=False, default=0)
+
+        def __post_init__(self) -> None:
+            pass
+
+        @hookimpl
+        def setup(self, run: Run, stage: str) -> None:
+            self.count = 0
+
+        @hookimpl
+        def on_after_optimizer_step(self, run: Run) -> None:
+            if run.position.step % self.every == 0:
+                self.count += 1
+
+        @hookimpl
+        def teardown(self, run: Run) -> None:
+            pass
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+'''
+
+METHOD = "        @hookimpl\n        def teardown(self, run: Run)"  # further methods stand before it
+
+
+def method(text: str, wrapper: bool = False) -> tuple[str, str]:
+    """The change that adds a hook."""
+    marker = "@hookimpl(wrapper=True)" if wrapper else "@hookimpl"
+    lines = "".join(f"        {line}\n" for line in [marker, *text.strip("\n").split("\n")])
+    return METHOD, f"{lines}\n{METHOD}"
+
+
+@pytest.fixture
+def counter(package: Callable[..., Path]) -> Iterator[Callable[..., None]]:
+    """Installs the counting plugin with changes, pairs of an old and a new text; no other plugin is visible but those named."""
+    stack = []
+
+    def make(*changes: tuple[str, str], distribution: str = "acme-counter", needs: str = "torchplug>=0.1,<0.2", beside: Any = ()) -> None:
+        source = GOOD
+        for old, new in changes:
+            assert old in source, old
+            source = source.replace(old, new, 1)
+        folder = package(distribution, source, counter="Counter")
+        (metadata,) = folder.glob("*.dist-info/METADATA")
+        metadata.write_text(metadata.read_text() + (f"Requires-Dist: {needs}\n" if needs else ""))
+        stack.append(hermetic("counter", *beside))
+        stack[-1].__enter__()
+
+    yield make
+    for each in stack:
+        each.__exit__(None, None, None)
+    os.environ.pop("COUNTER", None)
+
+
+def failures(**options: Any) -> dict[str, str]:
+    """What `check_plugin` finds wrong, by check."""
+    with pytest.raises(AssertionError) as caught:
+        check_plugin("counter", **options)
+    parts = str(caught.value).split("  FAILED: ")[1:]
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+
+
+def test_a_good_plugin_passes_them_all(counter: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    counter(beside=("lr_monitor", "early_stopping"))
+    report = check_plugin("counter", every=2)
+    names = [check.__name__.replace("_", " ") for check in CHECKS]
+    observing = "an observer leaves training as it is"
+    assert report.passed == [name for name in names if name != observing] and not report.failed
+    assert list(report.left_out) == [observing]
+    assert report.plugin == "plugin 'counter' (acme-counter 1.0)"
+    shown = capsys.readouterr().out
+    assert shown == f"{report}\n"
+    assert re.search(r"costs -?\d+\.\d us per step \(a bare step of the tiny module takes \d+\.\d us\)", shown)
+
+
+def test_an_observer_is_held_to_that(counter: Any) -> None:
+    counter(("every: int = 1", 'on_error = "disable"\n        every: int = 1'))
+    report = check_plugin("counter")
+    assert "an observer leaves training as it is" in report.passed
+
+
+SEEDED = "            torch.rand(1)"
+BROKEN: dict[str, tuple[str, list[tuple[str, str]], dict[str, Any], list[str]]] = {
+    "an unrelated distribution": (
+        "entry point and names agree", [], {"distribution": "acme-thing"},
+        ["the module acme_thing does not end with the plugin's name", "call it ..._counter"],
+    ),
+    "no range of versions": (
+        "entry point and names agree", [], {"needs": ""},
+        ["acme-counter does not say with which versions of torchplug it works", "add 'torchplug>=0.1,<0.2' to its dependencies"],
+    ),
+    "a class of another module": (
+        "entry point and names agree", [("    @dataclass(kw_only", "    from torchplug_lr_monitor import LRMonitor as Counter"),
+         ("=True, eq=False)\n    class Counter", "\n    class Other")], {},
+        ["acme_counter:Counter comes from the module torchplug_lr_monitor", "name that module in the entry point"],
+    ),
+    "a misspelt hook": (
+        "hooks have their signatures", [method("def on_train_stard(self) -> None:\n    pass")], {},
+        ["Counter.on_train_stard is not a hook, did you mean 'on_train_start'?"],
+    ),
+    "a wrong argument": (
+        "hooks have their signatures", [method("def on_train_start(self, trainer) -> None:\n    pass")], {},
+        ["the hook has no argument 'trainer'", "it has: run"],
+    ),
+    "half a state": (
+        "hooks have their signatures", [("def load_state_dict", "def load_state")], {},
+        ["it has state_dict and no load_state_dict", "write both"],
+    ),
+    "an option without text": (
+        "every option is documented", [("            every: Count every this many steps.\n", "            each: Another one.\n")], {},
+        ["option 'every' has no text", "describe it in the section Args:"],
+    ),
+    "an option by position": (
+        "every option is documented", [("kw_only=True, ", "")], {},
+        ["option 'every' can be given by its position", "write @dataclass(kw_only=True)"],
+    ),
+    "an option that is used unchecked": (
+        "every option is checked", [("            pass\n", "            self.every = abs(self.every)\n")], {},
+        ["option 'every' of a wrong type is refused without its name", "name it in the message"],
+    ),
+    "an option that may be anything but says otherwise": (
+        "every option is checked",
+        [("    import torch\n", "    import torch\n    from typing import NewType\n    Count = NewType('Count', int)\n"),
+         ("every: int = 1", "every: Count = 1"), ("% self.every == 0", "% 2 == 0")], {},
+        ["option 'every' takes a value of a wrong type", "check it in __post_init__"],
+    ),
+    "parameters that are not finite": (
+        "parameters are finite",
+        [method("def on_train_end(self, run: Run) -> None:\n    run.module.layer.weight.data.fill_(float('nan'))")], {},
+        ["parameter layer.weight is not finite after 12 steps", "look at what the plugin does to gradients and weights"],
+    ),
+    "an unsafe state": (
+        "parameters are finite", [('{"count": self.count}', '{"count": object()}')], {},
+        ["plugins.counter.count"],
+    ),
+    "a list of the class": (
+        "built twice it is two objects",
+        [("every: int = 1", "every: int = 1\n        steps = []"), ("self.count += 1", "self.count += 1; self.steps.append(1)")], {},
+        ["a run changed Counter.steps, which all instances share", "make it a field with a default_factory"],
+    ),
+    "a shared default": (
+        "built twice it is two objects", [("    @dataclass", "    class Box: pass\n    BOX = Box()\n    @dataclass"),
+         ("default=0)", "default=0)\n        box: Any = field(init=False, default=BOX)"),
+         ("            pass\n", "            self.box = self.box\n")], {},
+        ["two Counter share box, a Box", "field(default_factory=Box)"],
+    ),
+    "a random observer": (
+        "an observer leaves training as it is",
+        [("every: int = 1", 'on_error = "disable"\n        every: int = 1'),
+         ("self.count += 1", "self.count += 1\n            if run.world_size == 1:\n                torch.rand(1)")], {},
+        ["a run with it and one without it differ in weights.layer.weight", "draw random numbers inside of torchplug.preserved()"],
+    ),
+    "a state that is not taken": (
+        "its state survives a checkpoint", [('self.count = state["count"]', "pass")], {},
+        ["has nothing of its state at count", "put it back in load_state_dict"],
+    ),
+    "a state that is forgotten": (
+        "its state survives a checkpoint", [method("def on_train_start(self) -> None:\n    self.count = 0")], {},
+        ["has nothing of its state at count", "do not forget it in on_fit_start or on_train_start"],
+    ),
+    "something that decides and is not kept": (
+        "a killed run goes on as if nothing had happened",
+        [("default=0)", "default=0)\n        _seen: int = field(init=False, default=0)"), ("self.count = 0", "self.count = self._seen = 0"),
+         method("def on_before_optimizer_step(self, run: Run) -> None:\n    self._seen += 1\n"
+                "    run.module.layer.weight.grad.mul_(1 + self._seen)")], {},
+        ["differs from one that was not, in weights.layer.weight", "keep in state_dict whatever decides how it goes on"],
+    ),
+    "an environment variable": (
+        "global state is put back", [("self.count = 0", "self.count = 0; os.environ['COUNTER'] = str(time.time())")], {},
+        ["environment: COUNTER has changed", "put it back in teardown"],
+    ),
+    "a value that is read": (
+        "nothing is read back between logging steps", [method("def on_before_backward(self, loss) -> None:\n    float(loss.detach())")], {},
+        ["a value is read from the device by local_scalar_dense (acme_counter.py:", "float(loss.detach()))", "keep tensors, detached"],
+    ),
+    "a value that is copied": (
+        "nothing is read back between logging steps", [method("def on_before_backward(self, loss) -> None:\n    loss.detach().cpu()")], {},
+        ["by cpu (acme_counter.py:", "read them in log_metrics"],
+    ),
+    "a list that grows": (
+        "memory does not grow",
+        [("default=0)", "default=0)\n        losses: list = field(init=False, default_factory=list)"),
+         method("def on_before_backward(self, loss) -> None:\n    self.losses.append(loss.detach())")], {},
+        ["there are 80 more tensors (without it 40)", "keep a running sum or the last value"],
+    ),
+    "a lock": (
+        "it goes to other processes", [("            pass\n", "            self._lock = threading.Lock()\n")], {},
+        ["an instance, new, cannot be pickled (TypeError: cannot pickle '_thread.lock' object)", "leave them out in __getstate__"],
+    ),
+    "no company": (
+        "it works with every other plugin",
+        [("self.count = 0", "self.count = 0\n            if 'lr_monitor' in run.plugins:\n                raise RuntimeError('too many')")],
+        {"beside": ("lr_monitor", "grad_norm")},
+        ["with 'lr_monitor' after it, a run fails with RuntimeError: too many", "say with before and after where it must stand"],
+    ),
+    "ranks that differ": (
+        "it trains on two ranks",
+        [method("def on_train_end(self, run: Run) -> None:\n    run.module.layer.weight.data.add_(run.rank)")], {},
+        ["the two ranks have different weights at the end (layer.weight)", "must be the same on every rank"],
+    ),
+    "an error that is replaced": (
+        "an error in each hook is named",
+        [method("def train_batch(self) -> Any:\n    try:\n        return (yield)\n    except Exception:\n"
+                "        raise RuntimeError('oh') from None", wrapper=True)], {},
+        ["an error in on_after_optimizer_step (fit) is not named (RuntimeError: oh came out)", "let errors of hooks pass as they are"],
+    ),
+    "a tear-down that needs a start": (
+        "an error in each hook is named",
+        [method("def on_train_start(self) -> None:\n    self._lines = []"),
+         ("Run) -> None:\n            pass", "Run) -> None:\n            self._lines")], {},
+        ["an error in setup (fit) makes its own tear-down fail too (AttributeError:", "give every attribute a value in __post_init__"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_plugin_that_is_broken_in_one_way_fails_one_check_which_says_what_to_do(case: str, counter: Any) -> None:
+    check, changes, options, words = BROKEN[case]
+    counter(*changes, **options)
+    found = failures()
+    assert list(found) == [check], found
+    for text in words:
+        assert text in found[check]
+
+
+def test_what_depends_on_time_is_found_by_all_that_compare(counter: Any) -> None:
+    noise = "run.module.layer.weight.data.add_((time.time_ns() // 1000 % 1000) * 1e-4)"
+    counter(method(f"def on_train_end(self, run: Run) -> None:\n    {noise}"))
+    found = failures()
+    compare = ["runs of one seed are equal", "a killed run goes on as if nothing had happened", "it trains on two ranks"]
+    assert list(found) == compare
+    assert "two runs of one seed differ in weights.layer.weight" in found[compare[0]] and "Trainer(seed=)" in found[compare[0]]
+
+
+def test_every_check_has_a_plugin_that_fails_it() -> None:
+    names = {check.__name__.replace("_", " ") for check in CHECKS}
+    broken = {check for check, *_ in BROKEN.values()} | {"runs of one seed are equal"}
+    assert names - broken == {"a step costs"}, "it measures, and demands nothing"
+
+
+def test_all_that_is_wrong_is_told_at_once(counter: Any) -> None:
+    counter(("kw_only=True, ", ""), method("def on_before_backward(self, loss) -> None:\n    float(loss.detach())"))
+    assert list(failures()) == ["every option is documented", "nothing is read back between logging steps"]
+
+
+def test_the_cost_of_a_step_is_measured(counter: Any) -> None:
+    counter(method("def on_before_backward(self, loss) -> None:\n    time.sleep(0.003)"))
+    report = check_plugin("counter")
+    assert report.cost is not None and 2500 < report.cost < 30000
+    assert report.bare is not None and 0 < report.bare < 10000
+
+
+def test_a_name_that_is_not_installed_is_said() -> None:
+    with pytest.raises(AssertionError, match=r"plugin 'nowhere' is not installed.* pip install torchplug-nowhere"):
+        check_plugin("nowhere")
+
+
+def test_a_mistake_in_the_options_is_said(counter: Any) -> None:
+    counter()
+    assert "no option 'ever', did you mean 'every'?" in failures(ever=1)["hooks have their signatures"]
+
+
+# ---------------------------------------------------------------------- each thing that is global
+
+GLOBAL = {
+    "signal handlers: SIGUSR2 has changed": "signal.signal(signal.SIGUSR2, lambda *args: None)",
+    "grad mode has changed": "torch.set_grad_enabled(False)",
+    "torch.backends.cudnn has changed": "torch.backends.cudnn.deterministic = True",
+    "default dtype has changed": "torch.set_default_dtype(torch.float64)",
+    "float32 matmul precision has changed": "torch.set_float32_matmul_precision('high')",
+    "number of threads of torch has changed": "torch.set_num_threads(2)",
+    "working directory has changed": "os.chdir('/')",
+    "a file is still open": "self._file = open('left.txt', 'w')",
+    "a thread still runs": "threading.Thread(target=time.sleep, args=(20,), daemon=True, name='left').start()",
+    "warning filters has changed": "import warnings; warnings.simplefilter('ignore')",
+    "garbage collection has changed": "import gc; gc.disable()",
+    "stdout and stderr has changed": "import sys, io; sys.stderr = io.StringIO()",
+    "handlers of the root logger has changed": "import logging; logging.getLogger().addHandler(logging.NullHandler())",
+}
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from torchplug.testing import manners, subject
+with subject.quiet():
+    found = list(manners.global_state_is_put_back(subject.Subject("counter", {}, Path(".").absolute())))
+print(*found, sep="\\n", file=sys.__stdout__)
+"""
+
+
+@pytest.mark.parametrize("words", GLOBAL)
+def test_what_a_plugin_leaves_changed_is_found(words: str, counter: Any, tmp_path: Path, programs: Any) -> None:
+    counter(("Run) -> None:\n            pass", f"Run) -> None:\n            {GLOBAL[words]}"))
+    (folder,) = (tmp_path / "site").iterdir()
+    done = programs.run(PROGRAM, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(folder)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines and all(re.match(f"after a run( that failed)? {words}: .*; put it back in teardown", line) for line in lines), lines
+
+
+def test_what_only_a_run_that_fails_leaves_changed_is_found(counter: Any, tmp_path: Path) -> None:
+    counter(method("def on_train_start(self) -> None:\n    os.environ['COUNTER'] = 'trains'"),
+            method("def on_train_end(self) -> None:\n    del os.environ['COUNTER']"))  # fmt: skip
+    (line,) = failures()["global state is put back"].strip().splitlines()
+    assert line.startswith("after a run that failed environment: COUNTER has changed: it was None and is 'trains'")
+
+
+def test_a_subject_is_what_it_says(counter: Any, tmp_path: Path) -> None:
+    counter()
+    subject = Subject("counter", {"every": 3}, tmp_path)
+    assert set(subject.hooks) == {"setup", "on_after_optimizer_step", "teardown"}
+    assert subject.build().every == 3 and not subject.observer and not subject.launcher and not subject.bundle

@@ -1,0 +1,105 @@
+"""``torchplug doctor`` says what is installed, and what would stop a run, with the remedy."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import torchplug
+from torchplug.cli import main
+from torchplug.testing import hermetic
+
+GOOD = """
+    from torchplug import hookimpl
+
+    class Good:
+        @hookimpl
+        def on_fit_start(self): ...
+"""
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Any:
+    """What it prints and its exit code, with nothing installed but what the test made."""
+
+    def call(*names: str, arguments: tuple[str, ...] = ()) -> tuple[int, str]:
+        with hermetic(*names):
+            code = main(["doctor", *arguments])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def problems(output: str) -> list[str]:
+    return [line.removeprefix("PROBLEM ") for line in output.splitlines() if line.startswith("PROBLEM ")]
+
+
+def test_it_shows_versions_and_devices(doctor: Any) -> None:
+    code, output = doctor()
+    shown = dict(re.split(r" +", line, maxsplit=1) for line in output.splitlines() if " " in line)
+    assert code == 0 and "nothing is wrong" in output
+    assert (shown["torchplug"], shown["torch"]) == (torchplug.__version__, str(torch.__version__))
+    assert shown["devices"].startswith("cpu (") and "gloo" in shown["distributed"]
+    assert {"python", "pluggy", "safetensors", "plugins", "lock"} <= shown.keys()
+
+
+def test_a_good_plugin_is_listed_and_no_problem(doctor: Any, package: Any) -> None:
+    package("acme-good", GOOD, good="Good")
+    code, output = doctor("good")
+    assert code == 0 and re.search(r"^plugins +good$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("source", "requires", "said"),
+    [
+        ("import no_such_module", [], "there is no module 'no_such_module': pip install what 'no_such_module' is part of"),
+        ("1 / 0", [], "acme_bad:Bad cannot be imported: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", [], "acme_bad:Bad cannot be imported: SystemExit: 3"),
+        ("x = 1", [], "acme_bad:Bad cannot be imported: AttributeError"),
+        (GOOD.replace("Good", "Bad"), ["torchplug>=9"], "is made for torchplug>=9, and torchplug "),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_a_problem_with_its_reason(
+    doctor: Any, package: Any, source: str, requires: list[str], said: str
+) -> None:
+    package("acme-bad", source, requires=requires, bad="Bad")
+    package("acme-good", GOOD, good="Good")
+    code, output = doctor("bad", "good")
+    (problem,) = problems(output)
+    assert code == 1 and problem.startswith("plugin 'bad' (acme-bad 1.0)") and said in problem
+    assert re.search(r"^plugins +good$", output, re.MULTILINE)
+
+
+def test_a_name_that_two_packages_have_is_a_problem(package: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for distribution in ("acme-good", "other-good"):
+        package(distribution, GOOD, good="Good")
+    assert main(["doctor"]) == 1
+    (problem,) = problems(capsys.readouterr().out)
+    assert problem == "plugin 'good' is provided by acme-good 1.0 and other-good 1.0: name it 'acme-good/good', or uninstall one"
+
+
+def test_broken_metadata_is_a_problem_of_its_own(doctor: Any, package: Any) -> None:
+    folder = package("acme-broken", GOOD, good="Good")
+    package("acme-fine", GOOD, fine="Good")
+    (next(folder.glob("*.dist-info")) / "METADATA").write_text("nothing", encoding="utf-8")
+    code, output = doctor("fine")
+    (problem,) = problems(output)
+    assert code == 1 and "acme_broken-1.0.dist-info cannot be read: METADATA has no name or no version" in problem
+
+
+def test_the_lock_is_compared(doctor: Any, tmp_path: Any) -> None:
+    (tmp_path / "torchplug.lock").write_text(
+        '{"packages": {"gone": {"distribution": "gone", "version": "1", "hash": "x"}}}', encoding="utf-8"
+    )
+    code, output = doctor()
+    assert code == 1 and "torchplug.lock, 1 differences" in output and "plugin 'gone' is not installed" in problems(output)[0]
+    code, output = doctor(arguments=("--lock", "elsewhere.lock"))
+    assert code == 1 and "there is no such file" in problems(output)[0]
+
+
+def test_the_variable_that_leaves_plugins_out_is_said(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHPLUG_PLUGINS", "none")
+    assert problems(doctor()[1]) == ["the environment variable TORCHPLUG_PLUGINS=none leaves every plugin out of every run"]
