@@ -28,6 +28,7 @@ MODULES = (
     "checkpoint",
     "distributed",
     "launching",
+    "optimizers",
     "sharded",
     "testing",
     "tracking",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from torchplug.testing import check_plugin, hermetic
+from torchplug.testing import check_plugin, company, hermetic, processes, two_ranks
 from torchplug.testing.check import CHECKS
 from torchplug.testing.subject import Subject
 
@@ -277,6 +278,35 @@ def test_every_check_has_a_plugin_that_fails_it() -> None:
     names = {check.__name__.replace("_", " ") for check in CHECKS}
     broken = {check for check, *_ in BROKEN.values()} | {"runs of one seed are equal"}
     assert names - broken == {"a step costs"}, "it measures, and demands nothing"
+
+
+def test_a_tear_down_that_fails_is_found_where_errors_switch_the_plugin_off(counter: Any) -> None:
+    counter(
+        ("every: int = 1", 'on_error = "disable"\n        every: int = 1'),
+        method("def on_train_start(self) -> None:\n    self._lines = []"),
+        ("Run) -> None:\n            pass", "Run) -> None:\n            self._lines"),
+    )
+    found = failures()
+    assert list(found) == ["an error in each hook is named"]
+    assert "an error in setup (fit) makes its own tear-down fail too" in found["an error in each hook is named"]
+
+
+def test_ranks_that_wait_for_each_other_for_ever_are_found(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company, "two_ranks", partial(two_ranks, timeout=4))
+    one_rank = "if run.rank == 0 and run.world_size > 1:\n        torch.distributed.barrier()"
+    counter(method(f"def on_train_end(self, run: Run) -> None:\n    {one_rank}"))
+    found = failures()
+    assert list(found) == ["it trains on two ranks"]
+    assert "two ranks wait for each other for ever" in found["it trains on two ranks"]
+    assert "in on_train_end" in found["it trains on two ranks"], "it says where"
+
+
+@pytest.mark.slow
+def test_processes_are_spawned_where_an_accelerator_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_can_fork", lambda: False)
+    with hermetic("ema"):
+        report = check_plugin("ema")
+    assert {"a killed run goes on as if nothing had happened", "it trains on two ranks"} <= set(report.passed)
 
 
 def test_all_that_is_wrong_is_told_at_once(counter: Any) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     {"averaging", "module"},
     {"launching", "loop", "members"},
     {"dispatch", "operations", "plugins", "prepare"},
-    {"precision"},
+    {"config", "precision"},
     {"distributed", "trainer"},
     {"checkpoint_cli", "doctor", "listing", "new", "replay"},
     {"explaining", "testing"},

@@ -25,8 +25,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(each for each in (ROOT / "plugins").iterdir() if each.is_dir() and not each.name.startswith((".", "_")))
 PUBLIC = {
     "torchplug", "torchplug.averaging", "torchplug.checkpoint", "torchplug.distributed", "torchplug.hookspecs", "torchplug.launching",
-    "torchplug.optimizers",
-    "torchplug.sharded", "torchplug.testing", "torchplug.tracking", "torchplug.trials",
+    "torchplug.optimizers", "torchplug.sharded", "torchplug.testing", "torchplug.tracking", "torchplug.trials",
 }  # fmt: skip
 
 each_plugin = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

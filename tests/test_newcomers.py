@@ -252,7 +252,7 @@ def _gpu_there(monkeypatch: Any, there: bool) -> None:
 def test_a_gpu_that_is_there_and_not_used_is_one_line_with_what_to_write(monkeypatch: Any, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "torchplug")
     _gpu_there(monkeypatch, True)
-    monkeypatch.setattr("torchplug.trainer.installed", lambda name: False)
+    monkeypatch.setattr("torchplug.plugins.installed", lambda name: False)
     Trainer(plugins=[])
     assert [line for line in caplog.messages if "GPU" in line] == ["a GPU is there and not used: pip install torchplug-gpu"]
     caplog.clear()

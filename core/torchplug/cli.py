@@ -40,10 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("", "-h", "--help"):
             _show(brought)
             return 0 if name else 2
-        from torchplug.options import closest
-
-        package = f"comes with {ELSEWHERE[name]}: pip install {ELSEWHERE[name]}" if name in ELSEWHERE else "is not there"
-        raise PluginError(f"the command {name!r} {package}" + closest(name, [*OWN, *brought, *ELSEWHERE] if name not in ELSEWHERE else []))
+        raise PluginError(_unknown(name, brought))
     except PluginError as error:
         print(f"torchplug: {error}", file=sys.stderr)
         return 2
@@ -57,6 +54,14 @@ def _run(name: str, words: list[str]) -> int:
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
     return code
+
+
+def _unknown(name: str, brought: Mapping[str, Found]) -> str:
+    if name in ELSEWHERE:
+        return f"the command {name!r} comes with {ELSEWHERE[name]}: pip install {ELSEWHERE[name]}"
+    from torchplug.options import closest
+
+    return f"the command {name!r} is not there" + closest(name, [*OWN, *brought, *ELSEWHERE])
 
 
 def _show(brought: Mapping[str, Found]) -> None:

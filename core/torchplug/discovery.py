@@ -19,11 +19,12 @@ from torchplug.versions import allows
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
-__all__ = ["BUNDLE", "COMMANDS", "GROUP", "Catalogue", "Found", "PluginError", "discover", "find", "installed", "load", "scan"]
+__all__ = ["BUNDLE", "COMMANDS", "GROUP", "SWITCH", "Catalogue", "Found", "PluginError", "discover", "find", "installed", "load", "scan"]
 
 GROUP = "torchplug"
 BUNDLE = "standard"  # what Trainer() takes when no plugins are named
 COMMANDS = "torchplug.commands"  # entry points that bring a command: name -> a function of the words after it that gives the exit code
+SWITCH = "TORCHPLUG_PLUGINS"  # an environment variable; "none" starts every run without plugins
 METADATA = {".dist-info": "METADATA", ".egg-info": "PKG-INFO"}  # ending of a package's folder -> the file that describes it
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import torchplug
-from torchplug.discovery import COMMANDS, Catalogue, Found, PluginError, scan
+from torchplug.discovery import COMMANDS, SWITCH, Catalogue, Found, PluginError, scan
 from torchplug.lock import FILE, Lock, differences
-from torchplug.plugins import SWITCH, bare
+from torchplug.plugins import bare
 
 __all__ = ["add_command"]
 

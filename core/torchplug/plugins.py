@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchplug.discovery import BUNDLE, Catalogue, Found, PluginError, find, installed
+from torchplug.discovery import BUNDLE, SWITCH, Catalogue, Found, PluginError, find, installed
 from torchplug.lock import Lock
 from torchplug.members import Member
 from torchplug.options import check_fields, closest, fields_of
@@ -30,7 +30,6 @@ logger = logging.getLogger("torchplug")
 GPU = "gpu"  # what accelerator="auto" takes where there is a device
 MUTABLE = (list, dict, set, bytearray, torch.Tensor)
 PROFILER = "profiler"  # what trace= takes
-SWITCH = "TORCHPLUG_PLUGINS"  # an environment variable; "none" starts every run without plugins
 
 
 def bare() -> bool:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
-from torchplug.discovery import PluginError, discover
+from torchplug.discovery import SWITCH, PluginError, discover
 from torchplug_cli.reading import ConfigError, whole
 
 __all__ = ["Config", "fit", "predict", "schema", "test", "tune", "validate"]
 
 logger = logging.getLogger("torchplug")
-SWITCH = "TORCHPLUG_PLUGINS"  # what core looks at
 
 ABOUT = {
     "fit": "Train as configuration files say.",

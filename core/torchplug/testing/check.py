@@ -13,7 +13,7 @@ from typing import Any
 
 from torchplug.discovery import PluginError
 from torchplug.seed import preserved
-from torchplug.testing import company, form, manners, training
+from torchplug.testing import company, errors, form, manners, training
 from torchplug.testing.hermetic import scanned_once
 from torchplug.testing.subject import Check, NotApplicable, Subject, quiet
 
@@ -36,7 +36,7 @@ CHECKS: tuple[Check, ...] = (
     form.it_goes_to_other_processes,
     company.it_works_with_every_other_plugin,
     company.it_trains_on_two_ranks,
-    company.an_error_in_each_hook_is_named,
+    errors.an_error_in_each_hook_is_named,
     manners.a_step_costs,
 )
 # if one of these fails, the others would only tell of it again

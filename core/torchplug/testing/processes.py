@@ -56,8 +56,7 @@ class Child:
         self._folder = tempfile.TemporaryDirectory(prefix="torchplug-")
         self._answer, self._stack = Path(self._folder.name, "answer"), Path(self._folder.name, "stack")
         self._end, self.timeout = time.monotonic() + timeout, timeout
-        spawns = not hasattr(os, "fork") or torch.cuda.is_available() or torch.backends.mps.is_available()
-        context: Any = multiprocessing.get_context("spawn" if spawns else "fork")
+        context: Any = multiprocessing.get_context("fork" if _can_fork() else "spawn")
         files = (self._answer, self._stack)
         self._process = context.Process(target=_perform, args=(function, args, dict(environment or {}), files, timeout))
         with warnings.catch_warnings():
@@ -128,6 +127,11 @@ class Child:
             return {}
         outcome: dict[str, Any] = pickle.loads(self._answer.read_bytes())
         return outcome
+
+
+def _can_fork() -> bool:
+    """Whether a process can be forked that trains: torch's threads for the gradients of an accelerator do not come along."""
+    return hasattr(os, "fork") and not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
 def _perform(

@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,10 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     cost: tuple[float, float] | None = None
     left: list[str] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process that is spawned gets: not the runs that are over."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     # ------------------------------------------------------------------ what it is
 
