@@ -189,4 +189,4 @@ def test_the_wheel_of_core_holds_core_and_its_type_marker(tmp_path: Path) -> Non
     with zipfile.ZipFile(build(ROOT, tmp_path)) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert {"torchplug/__init__.py", "torchplug/py.typed"} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"torchplug"}
+    assert {name.split("/")[0] for name in names} == {"torchplug", "torchplug_pytest.py"}
