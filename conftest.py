@@ -161,10 +161,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if run is None:
         return (yield)
     folder = Path(tempfile.gettempdir())
-    with open(folder / f"pytest-{run}-next", "w") as turn, open(folder / f"pytest-{run}-now", "w") as now:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # who waits to be alone is not overtaken
-        fcntl.flock(now, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    # lockf and not flock: a worker of a loader that is still there, in a process forked from this one, holds no lock
+    with open(folder / f"pytest-{run}-next", "a+") as turn, open(folder / f"pytest-{run}-now", "a+") as now:
+        fcntl.lockf(turn, fcntl.LOCK_EX)  # who waits to be alone is not overtaken
+        fcntl.lockf(now, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.lockf(turn, fcntl.LOCK_UN)
         return (yield)
 
 
