@@ -1,6 +1,6 @@
 """Makes the pages of the site that say what the code says: hooks, Trainer, plugins and their options, public modules, sources.
 
-mkdocs calls `on_config`, `on_files` and `on_page_markdown` (``hooks`` in mkdocs.yml). Nothing is written into the repository: README.md
+mkdocs calls the functions `on_...` (``hooks`` in mkdocs.yml). Nothing is written into the repository: README.md
 becomes the home page, each plugin's README.md its page, with a table of options that comes from the plugin's dataclass, and a file that a
 page links to becomes a page with its source.
 """
@@ -43,6 +43,10 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 
 def on_config(config: Any) -> None:
     """Puts the pages of plugins and modules into the navigation, where mkdocs.yml has ``plugins/`` and ``reference/api/``."""
+    if missing := not_installed():
+        from mkdocs.exceptions import PluginError
+
+        raise PluginError(missing)
     pages = {
         "plugins/": ["plugins/index.md", *({name: f"plugins/{name}.md"} for name in PLUGINS)],
         "reference/api/": [{title: path} for path, title in _modules().items()],
@@ -67,6 +71,17 @@ def on_files(files: Any, config: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Leaves out comments, and lets links to files of the repository lead to their pages."""
     return rendered(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings end a text with ``::`` before code; the page shows the code, and no second colon."""
+    return re.sub(r"::</p>", ":</p>", html.replace("<p>::</p>", ""))
+
+
+def not_installed() -> str:
+    """What to do where a plugin, whose options the pages show, is not installed; empty if all are."""
+    missing = next((name for name in PLUGINS if name not in entry_points(group="torchplug").names), "")
+    return f"plugin {missing!r} is not installed: pip install -r requirements-dev.txt" if missing else ""
 
 
 # ---------------------------------------------------------------------- pages

@@ -1,7 +1,11 @@
-"""Ten mistakes of those who write plugins: each is one error before training starts, which names the plugin and says what to do."""
+"""Ten mistakes of those who write plugins: each is one error, which names the plugin and says what to do.
+
+All but the sixth come before training starts; state is looked at when the first checkpoint is taken.
+"""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,7 +209,7 @@ def test_6_state_that_is_not_safe_to_load(tiny: Any, trainer: Any) -> None:
 
 def test_7_a_name_that_is_used_twice(refused: Any, package: Any) -> None:
     assert refused(Fine(), Fine()) == (
-        "plugin 'fine': named twice; give the instances names of their own: {'fine:a': {...}}, {'fine:b': {...}}"
+        "plugin 'fine': named twice; give the instances names of their own: {'fine:a': ...}, {'fine:b': ...}"
     )
     source = "from torchplug import hookimpl\nclass Shout:\n    @hookimpl\n    def on_fit_start(self): ..."
     for distribution in ("acme-shout", "other-shout"):
@@ -252,3 +256,108 @@ def test_10_the_wrong_version_of_the_core(refused: Any, package: Any) -> None:
         f"plugin 'shout' (acme-shout 1.0) is made for torchplug>=0.7,<0.8, and torchplug {torchplug.__version__} is installed: "
         "pip install --upgrade acme-shout, or pip install 'torchplug>=0.7,<0.8'"
     )
+
+
+# ---------------------------------------------------------------------- cousins
+
+
+def test_words_of_the_author_about_a_missing_dependency_are_passed_on(refused: Any, package: Any) -> None:
+    package("acme-shout", "raise ModuleNotFoundError('shout needs loudspeakers: pip install loudspeakers')", shout="Shout")
+    assert refused("shout").endswith("acme_shout:Shout cannot be imported: shout needs loudspeakers: pip install loudspeakers")
+
+
+def test_a_module_that_ends_the_program_is_an_error_that_names_it(refused: Any, package: Any) -> None:
+    package("acme-shout", "raise SystemExit(3)", shout="Shout")
+    assert refused("shout").endswith("acme_shout:Shout cannot be imported: SystemExit: 3")
+
+
+CHECKED = """
+    from dataclasses import dataclass
+    from torchplug import hookimpl
+
+    @dataclass(kw_only=True, eq=False)
+    class Shout:
+        \"\"\"Shouts.
+
+        Args:
+            volume: How loud, in decibels.
+            times: How often.
+        \"\"\"
+
+        volume: float
+        times: int = 1
+
+        def __post_init__(self):
+            if not self.volume >= 0:
+                raise ValueError(f"volume must be at least 0, got {self.volume!r}")
+
+        @hookimpl
+        def on_fit_start(self): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "option 'volume' must be given, as in {'shout': {'volume': ...}}; How loud, in decibels"),
+        ({"volume": "high"}, "volume must be a float, got 'high'"),
+        ({"volume": -1.0}, "volume must be at least 0, got -1.0"),
+        ({"volume": 1.0, "times": 1.5}, "times must be an int, got 1.5"),
+    ],
+)
+def test_an_option_that_is_missing_or_of_a_wrong_type_is_named_whatever_the_plugin_does_with_it(
+    options: dict[str, Any], said: str, refused: Any, package: Any
+) -> None:
+    package("acme-shout", CHECKED, shout="Shout")
+    assert refused({"shout": options}) == f"plugin 'shout' (acme-shout 1.0): {said}"
+
+
+def test_options_that_are_no_mapping_are_said(refused: Any) -> None:
+    assert refused({"early_stopping": "val_loss"}) == (
+        "plugin 'early_stopping': its options must be a mapping such as {'option': value}, got 'val_loss'"
+    )
+
+
+def test_a_name_that_is_nearly_right_is_no_package_to_install(refused: Any) -> None:
+    assert refused("progres").startswith("plugin 'progres' is not installed, did you mean 'progress'? (installed plugins: ")
+    assert refused("torchplug-early-stopping").startswith(
+        "plugin 'torchplug-early-stopping' is not installed, did you mean 'early_stopping'?"
+    )
+
+
+# ---------------------------------------------------------------------- objects of plugins that are packages
+
+
+def packaged(package: Any, **options: Any) -> Any:
+    """A plugin whose class lies deeper than its entry point says, and an object of it."""
+    folder = package("acme-deep", "", deep="Deep", **options)
+    (folder / "acme_deep.py").unlink()
+    (folder / "acme_deep").mkdir()
+    (folder / "acme_deep" / "__init__.py").write_text("from acme_deep.inner import Deep", encoding="utf-8")
+    source = "from torchplug import hookimpl\nclass Deep:\n    @hookimpl\n    def on_fit_start(self): ..."
+    (folder / "acme_deep" / "inner.py").write_text(source, encoding="utf-8")
+    from acme_deep import Deep
+
+    return Deep()
+
+
+def test_an_object_is_known_by_its_package_wherever_its_class_lies(package: Any, trainer: Any, tiny: Any) -> None:
+    made = trainer(plugins=[packaged(package)])
+    made.fit(tiny())
+    assert made.run.packages == {"deep": "acme-deep 1.0"}
+
+
+def test_in_another_process_it_is_known_too(trainer: Any) -> None:
+    made = pickle.loads(pickle.dumps(trainer(plugins=["checkpoint"])))
+    assert [(member.name, member.distribution) for member in made._members] == [("checkpoint", "torchplug-checkpoint")]
+
+
+def test_its_range_is_checked_too(package: Any, refused: Any) -> None:
+    assert "is made for torchplug>=9" in refused(packaged(package, requires=["torchplug>=9"]))
+
+
+def test_an_object_takes_the_place_of_the_same_plugin_in_a_bundle() -> None:
+    from torchplug_checkpoint import Checkpoint
+
+    mine = Checkpoint()
+    assert Trainer(plugins=["standard", mine], accelerator="cpu").enabled["checkpoint"] is mine

@@ -15,6 +15,7 @@ import pytest
 from torchplug import PluginError
 from torchplug.testing import check_logger, logged, logger, outages, stored
 from torchplug.testing.case import Case
+from torchplug.testing.faults import Faults
 from torchplug.testing.logger import CHECKS
 
 GOOD = '''
@@ -258,14 +259,14 @@ WRONG: dict[str, tuple[str, Callable[[Case], Any], str]] = {
     "draws": (DRAWS, logged.values_arrive_once_at_their_step, "touch no module, optimizer, gradient and no random number"),
     "stops": (STOPS, logged.values_arrive_once_at_their_step, "ended as 'stopped', not 'finished': ask no run to stop"),
     "lower": (LOWER, logged.odd_names_arrive, "metric 'Loss' did not arrive: keep names apart"),
-    "finite": (FINITE, logged.numbers_that_are_not_finite_arrive, "metric 'minus inf' did not arrive"),
-    "never_empty": (NEVER_EMPTY, logged.empty_and_large_records_arrive, "remember a mark only with what is stored"),
+    "finite": (FINITE, logged.numbers_that_are_not_finite_arrive, "metric 'inf' did not arrive, and so it is with 'minus inf': "),
+    "never_empty": (NEVER_EMPTY, logged.empty_and_large_records_arrive, "send raised ValueError: min() "),
     "forgets": (FORGETS, outages.an_outage_loses_nothing, "show once what is sent twice"),
     "silent": (SILENT, outages.an_outage_to_the_end_is_said_and_made_up_for, "nothing said that values are missing"),
     "waits": (WAITS, outages.training_waits_for_no_slow_backend, "let no hook wait for the backend"),
     "long_close": (LONG_CLOSE, outages.training_waits_for_no_slow_backend, "join the thread with what is left of close_timeout"),
     "keeps_the_past": (KEEPS_THE_PAST, logged.a_resumed_run_is_one_series, "take back in go_back what is not the past any more"),
-    "locks": (LOCKS, logged.a_killed_run_that_goes_on_is_one_series, "is missing at step"),
+    "locks": (LOCKS, logged.a_killed_run_that_goes_on_is_one_series, "connect raised FileExistsError: "),
     "first_folder": (FIRST_FOLDER, logged.fits_of_two_modules_stay_apart, "was anything stored?"),
     "no_tests": (NO_TESTS, logged.a_test_after_a_fit_is_added_to_it, "metric 'test_loss' did not arrive"),
     "always_fine": (ALWAYS_FINE, logged.an_error_in_training_closes_it_as_failed, "call Tracker's on_run_end with the status"),
@@ -295,7 +296,15 @@ def case(tmp_path: Path) -> Case:
 # ---------------------------------------------------------------------- one check
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+def each_wrong() -> Iterator[Any]:
+    """The names of `WRONG`; those that fail a check which another one has failed before are slow."""
+    seen = set()
+    for wrong, (_, check, _) in WRONG.items():
+        yield pytest.param(wrong, marks=[pytest.mark.slow] if check in seen else [])
+        seen.add(check)
+
+
+@pytest.mark.parametrize("wrong", list(each_wrong()))
 def test_a_mistake_fails_the_check_that_is_made_for_it_and_the_remedy_is_said(wrong: str, install: Any, case: Case) -> None:
     changed, check, text = WRONG[wrong]
     install(GOOD, changed)
@@ -319,8 +328,8 @@ def test_every_check_has_a_mistake_that_it_finds() -> None:
 
 
 def test_an_end_that_waits_too_long_for_what_is_down_is_said(install: Any, case: Case, monkeypatch: Any) -> None:
-    install(GOOD, LONG_CLOSE)
-    monkeypatch.setattr(outages, "SLACK", -3.0)  # 2 s in all
+    install(GOOD, LONG_CLOSE.replace("3.5", "1.5"))
+    monkeypatch.setattr(outages, "SLACK", -4.0)  # 1 s in all
     assert "wait no longer than close_timeout" in "\n".join(outages.an_outage_to_the_end_is_said_and_made_up_for(case))
 
 
@@ -333,7 +342,7 @@ def test_a_logger_that_cannot_go_on_in_another_process_is_said(install: Any, cas
                 return super().connect(place)
     """)  # fmt: skip
     said = "\n".join(outages.an_outage_to_the_end_is_said_and_made_up_for(case))
-    assert "torchplug replay failed with FileExistsError" in said and "connect must go on where an earlier process ended" in said
+    assert "torchplug replay failed: connect raised FileExistsError" in said and "connect must go on where an earlier process ended" in said
 
 
 @pytest.mark.parametrize(
@@ -366,6 +375,95 @@ def test_what_a_rank_has_to_say_is_said_as_that(install: Any, case: Case) -> Non
                 self.connected.file.flush()
     """)  # fmt: skip
     assert "rank 1: it failed: plugin 'tried'" in "\n".join(logged.two_ranks_write_once(case))
+
+
+# ---------------------------------------------------------------------- a cause is told, and nothing that follows from it
+
+SURROGATES = """
+    class Backend(Lines):
+        def send(self, records, mark):
+            for record in records:
+                for name in self.metrics(record) if record["event"] == "log_metrics" else ():
+                    name.encode()
+            super().send(records, mark)
+"""
+
+
+def test_what_a_backend_raises_is_told_once_and_nothing_else(install: Any, monkeypatch: Any, capsys: Any) -> None:
+    install(GOOD, SURROGATES)
+    monkeypatch.setattr(logger, "CHECKS", (logged.odd_names_arrive,))
+    with pytest.raises(AssertionError) as failed:
+        check_logger("tried", read=read)
+    _, title, line = str(failed.value).splitlines()
+    assert title == "  FAILED: odd names arrive"
+    assert line.startswith("    send raised UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 5")
+    assert line.endswith(
+        "on a record with 'half \\ud800', so nothing after it arrived: raise Refused for what can never be stored, or write it in "
+        "another way"
+    )
+    assert capsys.readouterr().out == "", "what is wrong is in the error alone"
+
+
+def test_what_a_backend_raises_in_every_run_is_told_once_in_a_report(install: Any, monkeypatch: Any) -> None:
+    install(GOOD, """
+        class Backend(Lines):
+            def finish(self, status):
+                raise OSError("no space")
+    """)  # fmt: skip
+    some = (logged.values_arrive_once_at_their_step, logged.empty_and_large_records_arrive)
+    monkeypatch.setattr(logger, "CHECKS", some)
+    with pytest.raises(AssertionError) as failed:
+        check_logger("tried")
+    assert str(failed.value).splitlines()[1:] == [
+        "  FAILED: values arrive once at their step",
+        "    finish raised OSError: no space, so nothing after it arrived: raise only where trying again may help",
+        "  FAILED: empty and large records arrive",
+        "    the same as in 'values arrive once at their step'",
+    ]
+
+
+def test_what_is_left_half_done_by_a_backend_that_raises_is_told_with_that(install: Any, case: Case) -> None:
+    install(GOOD, """
+        class Backend(Lines):
+            raised = False
+
+            def connect(self, place):
+                super().connect(place)
+                return []
+
+            def send(self, records, mark):
+                super().send(records, mark)
+                if mark.n > 9 and not Backend.raised:
+                    Backend.raised = True
+                    raise OSError("no answer")
+    """)  # fmt: skip
+    cause, *lines = logged.values_arrive_once_at_their_step(case)
+    assert cause.startswith("send raised OSError: no answer on a record with ")
+    assert "leave nothing half done behind" in cause and len(lines) == 1 and "is there twice" in lines[0]
+
+
+def test_an_error_that_speaks_of_a_metric_is_told_with_its_name() -> None:
+    records = [{"event": "log_metrics", "metrics": dict.fromkeys(("a", "b", "c", "loss", "e"), 1.0)}]
+    for error, text in {
+        KeyError("loss"): "send raised KeyError: 'loss' on a record with 'loss'",
+        OSError("full"): "send raised OSError: full on a record with 'a', 'b', 'c' and 2 more",
+    }.items():
+        faults = Faults()
+        faults.note("send", error, records)
+        faults.note("close", OSError("another one"))
+        assert faults.trouble == text
+
+
+def test_a_logger_that_is_switched_off_is_told_of_in_one_line(install: Any, case: Case) -> None:
+    install(DIRECT, """
+        class Fails(Logger):
+            def write(self, step, metrics):
+                raise OSError("no space")
+    """)  # fmt: skip
+    (line,) = logged.values_arrive_once_at_their_step(case)
+    assert "was switched off: OSError in log_metrics at step" in line
+    lines = list(logged.two_ranks_write_once(case))
+    assert all("was switched off: OSError in log_metrics at step" in line for line in lines) and lines
 
 
 # ---------------------------------------------------------------------- good ones
@@ -500,8 +598,19 @@ def test_a_plugin_that_is_no_logger_is_refused() -> None:
     ],
 )
 def test_each_difference_has_its_words(found: list[tuple[str, int, float]], text: str) -> None:
-    said = [line for _, line in stored.differences([("a", 1, 0.5), ("a", 2, 1.5)], found)]
+    said = list(stored.folded(stored.differences([("a", 1, 0.5), ("a", 2, 1.5)], found)))
     assert len(said) == bool(text) and all(line.startswith(text) and len(line) > len(text) + 10 for line in said)
+
+
+def test_names_with_the_same_trouble_are_told_of_in_one_line() -> None:
+    wanted = [(name, 1, 0.5) for name in "abcdef"]
+    (line,) = stored.folded(stored.differences(wanted, [("f", 1, 0.5)]))
+    assert line.startswith("metric 'a' did not arrive, and so it is with 'b', 'c', 'd' and 1 more: keep names apart")
+    lines = list(stored.folded(stored.differences(wanted, [(name, 1, 0.25) for name in "ab"] + wanted[4:])))
+    assert [line.partition(":")[0] for line in lines] == [
+        "metric 'a' has another value at step 1 (0.25, not 0.5), and so it is with 'b'",
+        "metric 'c' did not arrive, and so it is with 'd'",
+    ]
 
 
 def test_numbers_are_compared_with_the_bits_that_every_backend_has() -> None:

@@ -24,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,19 @@ def test_figures_that_compare_are_those_that_were_measured():
 # ---------------------------------------------------------------------- the site
 
 
+def test_a_plugin_that_is_not_installed_is_named_with_what_to_do(reference, monkeypatch):
+    installed = [EntryPoint(name, "module:Plugin", "torchplug") for name in PLUGINS]
+    monkeypatch.setattr(reference, "entry_points", lambda group: EntryPoints(installed).select(group=group))
+    assert reference.not_installed() == ""
+    del installed[PLUGINS.index("ema")]
+    assert reference.not_installed() == "plugin 'ema' is not installed: pip install -r requirements-dev.txt"
+
+
+def test_the_colons_of_a_docstring_before_its_code_are_no_text(reference):
+    html = "<p>Some text::</p>\n<p>::</p>\n<pre><code>a::b</code></pre>"
+    assert reference.on_page_content(html) == "<p>Some text:</p>\n\n<pre><code>a::b</code></pre>"
+
+
 @pytest.mark.slow
 def test_the_site_is_built_and_fetches_nothing_from_elsewhere(tmp_path, reference):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -287,6 +300,9 @@ def test_the_site_is_built_and_fetches_nothing_from_elsewhere(tmp_path, referenc
     for hook in PARAMETERS:
         assert f'id="{hook}"' in pages["reference/hooks.html"]
     assert "<!--" not in re.sub(r"<!--\[if.*?-->", "", pages["plugins/ema.html"]), "comments are for the tests"
+    for page in ("testing", "averaging"):
+        assert "::</p>" not in pages[f"reference/api/{page}.html"]
+    assert all("site.css" in text for text in pages.values())
 
 
 # ---------------------------------------------------------------------- README

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -92,10 +93,10 @@ def test_broken_metadata_is_a_problem_of_its_own(doctor: Any, package: Any) -> N
 
 def test_the_lock_is_compared(doctor: Any, tmp_path: Any) -> None:
     (tmp_path / "torchplug.lock").write_text(
-        '{"packages": {"gone": {"distribution": "gone", "version": "1", "hash": "x"}}}', encoding="utf-8"
+        '{"version": 1, "packages": {"gone": {"distribution": "gone", "version": "1", "hash": "x"}}}', encoding="utf-8"
     )
     code, output = doctor()
-    assert code == 1 and "torchplug.lock, 1 differences" in output and "plugin 'gone' is not installed" in problems(output)[0]
+    assert code == 1 and "torchplug.lock, differences: 2" in output and "plugin 'gone/gone' is not installed" in problems(output)[1]
     code, output = doctor(arguments=("--lock", "elsewhere.lock"))
     assert code == 1 and "there is no such file" in problems(output)[0]
 
@@ -103,3 +104,51 @@ def test_the_lock_is_compared(doctor: Any, tmp_path: Any) -> None:
 def test_the_variable_that_leaves_plugins_out_is_said(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHPLUG_PLUGINS", "none")
     assert problems(doctor()[1]) == ["the environment variable TORCHPLUG_PLUGINS=none leaves every plugin out of every run"]
+
+
+def test_what_the_lock_refuses_is_not_imported(doctor: Any, package: Any, tmp_path: Any) -> None:
+    package("acme-bad", "raise SystemExit('imported')", bad="Bad")
+    entry = {"distribution": "acme-bad", "version": "1.0", "hash": "x"}
+    (tmp_path / "torchplug.lock").write_text(json.dumps({"version": 1, "packages": {"bad": entry}}), encoding="utf-8")
+    found = problems(doctor("bad")[1])
+    assert any("installed without a RECORD" in each for each in found) and not any("imported" in each for each in found)
+
+
+def test_a_command_that_cannot_be_imported_or_is_there_twice_is_a_problem(doctor: Any, package: Any) -> None:
+    for distribution in ("acme-good", "other-good"):
+        info = next(package(distribution, "1 / 0").glob("*.dist-info"))
+        (info / "entry_points.txt").write_text(f"[torchplug.commands]\nshout = {distribution.replace('-', '_')}:main\n", encoding="utf-8")
+    found = problems(doctor()[1])
+    assert sum("cannot be imported: ZeroDivisionError" in each for each in found) == 2
+    assert "command 'shout' is provided by acme-good 1.0 and other-good 1.0: uninstall one" in found
+    assert main(["shout"]) == 2
+
+
+def test_an_annotation_that_is_not_there_when_the_program_runs_is_a_problem(doctor: Any, package: Any) -> None:
+    source = """
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from typing import TYPE_CHECKING
+        if TYPE_CHECKING:
+            from pathlib import Path
+
+        @dataclass(kw_only=True, eq=False)
+        class Bad:
+            folder: Path | None = None
+    """
+    package("acme-bad", source, bad="Bad")
+    said = "the annotation of an option of Bad names 'Path', which is not there when the program runs: import it outside of TYPE_CHECKING"
+    assert said in problems(doctor("bad")[1])[0]
+    with pytest.raises(torchplug.PluginError, match=said):
+        torchplug.Trainer(plugins=["bad"])
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_traceback(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchplug import doctor as module
+
+    def broken(name: str) -> Any:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(module, "import_module", broken)
+    code, output = doctor()
+    assert code == 1 and problems(output) == ["torch cannot be imported: ImportError: libcudart.so.12: cannot open shared object file"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import torchplug
 from torchplug.cli import main
 from torchplug.discovery import Catalogue, discover, scan
 
@@ -132,3 +133,31 @@ def test_other_packages_bring_commands(tmp_path: Path, monkeypatch, capsys) -> N
     assert capsys.readouterr().out == "a!--b\n"
     assert main([]) == 2 and "from acme 1.0" in capsys.readouterr().out
     assert main(["shoot"]) == 2 and "the command 'shoot' is not there, did you mean 'shout'?" in capsys.readouterr().err
+
+
+def test_a_command_for_another_core_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    broken(
+        tmp_path / "site", "acme", entry_points=b"[torchplug.commands]\nshout = acme:main\n",
+        METADATA=b"Name: acme\nVersion: 1.0\nRequires-Dist: torchplug>=9\n\n",
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(["shout"]) == 2
+    assert "is made for torchplug>=9" in capsys.readouterr().err
+
+
+def test_the_version_is_said(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"torchplug {torchplug.__version__}\n"
+
+
+def test_who_reads_may_stop_reading() -> None:
+    code = "import sys; from torchplug.cli import main; sys.exit(main(['explain']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys) -> None:
+    assert main(["lock", "/no/such/folder/a.lock", "--plugins", "csv"]) == 2
+    assert "No such file or directory" in capsys.readouterr().err

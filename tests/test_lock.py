@@ -48,7 +48,7 @@ def locked(shout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> P
     """A lock of it."""
     file = tmp_path / "torchplug.lock"
     assert main(["lock", str(file), "--plugins", "shout"]) == 0
-    assert capsys.readouterr().out == f"{file}: torchplug and 1 plugins; use it with Trainer(lock={str(file)!r})\n"
+    assert capsys.readouterr().out == f"{file}: torchplug and shout; use it with Trainer(lock={str(file)!r})\n"
     return file
 
 
@@ -76,7 +76,10 @@ def test_what_is_locked_is_taken(locked: Path, tiny: Any) -> None:
 def test_a_changed_file_is_refused_and_nothing_is_imported(locked: Path, shout: Path) -> None:
     (shout / "acme_shout.py").write_text("raise SystemExit('imported')", encoding="utf-8")
     message = refused(locked)
-    assert message.startswith(f"plugin 'shout' (acme-shout 1.0): {shout / 'acme_shout.py'} was changed or removed after it was installed")
+    assert message == (
+        f"{locked} refuses plugin 'shout' (acme-shout 1.0): {shout / 'acme_shout.py'} was changed or removed after it was installed; "
+        "pip install --force-reinstall --no-deps acme-shout==1.0"
+    )
     assert "acme_shout" not in sys.modules
 
 
@@ -84,8 +87,8 @@ def test_other_code_of_the_same_version_is_refused(locked: Path, shout: Path) ->
     (shout / "acme_shout.py").write_text("raise SystemExit('imported')", encoding="utf-8")
     record(shout)
     message = refused(locked)
-    assert message.startswith(f"plugin 'shout' (acme-shout 1.0) is not what {locked} has: hash sha256=")
-    assert message.endswith("install acme-shout==1.0, or to accept what is installed now, write the lock anew: torchplug lock")
+    assert message.startswith(f"{locked} refuses plugin 'shout' (acme-shout 1.0): hash sha256=")
+    assert message.endswith(f"install acme-shout==1.0, or to accept what is installed now, write the lock anew: torchplug lock {locked}")
     assert "acme_shout" not in sys.modules
 
 
@@ -93,7 +96,7 @@ def test_another_version_is_refused_with_both(locked: Path, shout: Path) -> None
     metadata = next(shout.glob("*.dist-info")) / "METADATA"
     metadata.write_text(metadata.read_text(encoding="utf-8").replace("1.0", "1.1"), encoding="utf-8")
     record(shout)
-    assert "is not what" in refused(locked) and "version 1.1 is installed, 1.0 is locked; install acme-shout==1.0, or" in refused(locked)
+    assert "version 1.1 is installed, 1.0 is locked; install acme-shout==1.0, or" in refused(locked)
 
 
 def test_another_package_of_the_same_plugin_is_refused(locked: Path, shout: Path, package: Any) -> None:
@@ -105,7 +108,9 @@ def test_another_package_of_the_same_plugin_is_refused(locked: Path, shout: Path
 
 
 def test_a_plugin_that_is_not_in_the_lock_is_refused(locked: Path) -> None:
-    assert refused(locked, "early_stopping").startswith("plugin 'early_stopping' (torchplug-early-stopping 0.1.0) is not in ")
+    assert refused(locked, {"early_stopping": {"monitor": "x"}}).startswith(
+        f"{locked} refuses plugin 'early_stopping' (torchplug-early-stopping 0.1.0), which is not in it; to accept"
+    )
 
 
 def test_an_object_of_a_package_is_held_to_the_lock_and_one_of_the_script_is_not(locked: Path, shout: Path) -> None:
@@ -127,7 +132,7 @@ def test_what_a_module_brings_is_held_to_the_lock(locked: Path, tiny: Any) -> No
         def configure_plugins(self) -> list[Any]:
             return [{"early_stopping": {"monitor": "val_loss"}}]
 
-    with pytest.raises(PluginError, match=r"'early_stopping' .* is not in"):
+    with pytest.raises(PluginError, match=r"'early_stopping' .* which is not in it"):
         Trainer(plugins=["shout"], lock=locked, max_steps=1, accelerator="cpu").fit(Brings())
 
 
@@ -135,7 +140,7 @@ def test_a_change_of_the_core_is_refused(locked: Path) -> None:
     content = json.loads(locked.read_text(encoding="utf-8"))
     content["packages"]["torchplug"]["version"] = "0.0.9"
     locked.write_text(json.dumps(content), encoding="utf-8")
-    assert refused(locked).startswith(f"torchplug is not what {locked} has: version 0.1.0 is installed, 0.0.9 is locked")
+    assert refused(locked).startswith(f"{locked} refuses torchplug: version 0.1.0 is installed, 0.0.9 is locked")
 
 
 def test_byte_code_commands_and_how_it_was_installed_make_no_difference(locked: Path, shout: Path) -> None:
@@ -165,7 +170,9 @@ def test_a_package_without_a_record_cannot_be_locked(package: Any, tmp_path: Pat
     assert not (tmp_path / "a.lock").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"packages": {"shout": {}}}', '{"packages": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"version": 1, "packages": {"shout": {}}}', '{"version": 1, "packages": 3}', '{"version": 2, "packages": {}}']
+)
 def test_what_is_no_lock_is_said(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.lock").write_text(content, encoding="utf-8")
     assert "is not a lock file" in refused(tmp_path / "a.lock")
@@ -193,6 +200,64 @@ def test_everything_that_is_installed_here_can_be_locked(tmp_path: Path, capsys:
     Trainer(plugins=["progress", "ema"], lock=tmp_path / "all.lock", accelerator="cpu")
 
 
+# ---------------------------------------------------------------------- what would be imported in place of what is locked
+
+
+def test_a_folder_beside_the_locked_module_is_refused(locked: Path, shout: Path) -> None:
+    (shout / "acme_shout").mkdir()
+    (shout / "acme_shout" / "__init__.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    assert f"{shout / 'acme_shout' / '__init__.py'} would be imported, which is not of this package" in refused(locked)
+
+
+def test_another_module_of_this_name_earlier_on_the_path_is_refused(locked: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "acme_shout.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "first")
+    assert f"{tmp_path / 'first' / 'acme_shout.py'} would be imported" in refused(locked)
+
+
+def test_a_file_of_the_package_that_is_gone_is_refused(locked: Path, shout: Path) -> None:
+    (shout / "acme_shout.py").unlink()
+    assert "was changed or removed" in refused(locked)
+
+
+def test_an_object_of_a_plugin_that_is_a_package_is_held_to_the_lock(locked: Path, package: Any) -> None:
+    folder = package("acme-packaged", "", packaged="Shout")
+    (folder / "acme_packaged.py").unlink()
+    (folder / "acme_packaged").mkdir()
+    (folder / "acme_packaged" / "__init__.py").write_text("from acme_packaged.inner import Shout", encoding="utf-8")
+    source = "from torchplug import hookimpl\nclass Shout:\n    @hookimpl\n    def on_fit_start(self): ..."
+    (folder / "acme_packaged" / "inner.py").write_text(source, encoding="utf-8")
+    record(folder)
+    from acme_packaged import Shout
+
+    assert "acme-packaged 1.0), which is not in it" in refused(locked, Shout())
+
+
+@pytest.mark.parametrize("line", ["a,md9=x,1", "a,shake_128=x,1"])
+def test_a_record_that_cannot_be_read_is_said(locked: Path, shout: Path, line: str) -> None:
+    (shout / "a").touch()
+    record(shout, line)
+    assert "its RECORD cannot be read" in refused(locked)
+
+
+def test_a_lock_without_the_core_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.lock").write_text('{"version": 1, "packages": {}}', encoding="utf-8")
+    assert main(["lock", str(tmp_path / "a.lock"), "--check"]) == 1
+    assert "refuses torchplug, which is not in it" in capsys.readouterr().out
+
+
+def test_the_lock_is_read_once_and_goes_to_other_processes_with_the_trainer(locked: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    import pickle
+
+    monkeypatch.chdir(locked.parent)
+    made = Trainer(plugins=[{"early_stopping": {"monitor": "x"}}], accelerator="cpu")
+    assert main(["lock", "here.lock", "--plugins", "early_stopping"]) == 0
+    made = Trainer(plugins=[{"early_stopping": {"monitor": "x"}}], accelerator="cpu", lock="here.lock")
+    (locked.parent / "here.lock").unlink()
+    assert list(pickle.loads(pickle.dumps(made)).enabled) == ["early_stopping"]
+
+
 # ---------------------------------------------------------------------- without plugins
 
 
@@ -204,10 +269,15 @@ def test_the_environment_starts_runs_without_plugins_and_says_so(tiny: Any, monk
         def configure_plugins(self) -> list[Any]:
             return ["shout"]
 
-    trainer = Trainer(plugins=["shout", {"ema": {"decay": 0.5}}], max_steps=1, num_sanity_val_steps=0)
+    trainer = Trainer(
+        plugins=["shout", {"ema": {"decay": 0.5}}], strategy="ddp", devices=2, accelerator="cpu", max_steps=1, num_sanity_val_steps=0
+    )
     trainer.fit(Brings())
     assert trainer.enabled == {} and trainer.run is not None and trainer.run.plugins == {} and trainer.run.position.step == 1
-    assert "TORCHPLUG_PLUGINS=none: runs without plugins, not with ['shout', {'ema': {'decay': 0.5}}]" in caplog.text
+    assert (
+        "TORCHPLUG_PLUGINS=none: runs in one process on the CPU without plugins, not with "
+        "plugins=['shout', {'ema': {'decay': 0.5}}], accelerator='cpu', strategy='ddp', devices=2"
+    ) in caplog.text
     assert "acme_shout" not in sys.modules
 
 

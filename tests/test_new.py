@@ -84,7 +84,7 @@ def test_it_writes_a_package_and_prints_the_next_three_commands(capsys: Any) -> 
         "torchplug_batch_noise.py", "tests/test_batch_noise.py", "README.md", "pyproject.toml", "hatch_build.py", "LICENSE",
         ".gitignore", ".github/workflows/test.yml",
     }  # fmt: skip
-    assert "\n    cd torchplug-batch-noise\n    pip install -e .\n    pytest\n" in capsys.readouterr().out
+    assert "\n    cd torchplug-batch-noise\n    pip install -e . pytest\n    pytest\n" in capsys.readouterr().out
 
 
 @each_kind

@@ -255,7 +255,7 @@ def test_a_misspelt_plugin_is_answered_with_the_closest_name(shout: None, refuse
 
 def test_a_plugin_that_is_not_installed_is_answered_with_the_pip_line(refused: Any) -> None:
     text = refused([{"quantum_annealing": {"x": 1}}])
-    assert text.startswith("plugin 'quantum_annealing' is not installed. ")
+    assert text.startswith("plugin 'quantum_annealing' is not installed; ")
     assert "pip install torchplug-quantum-annealing " in text
 
 
@@ -355,7 +355,7 @@ def test_a_class_in_place_of_an_object_is_refused(refused: Any) -> None:
 def test_a_plugin_named_twice_is_refused_and_shown_how_to_name_both(shout: None, refused: Any) -> None:
     text = refused(["shout", {"shout": {"volume": 2}}])
     assert text.startswith("plugin 'shout' (torchplug-shout 1.2): named twice; give the instances names of their own: ")
-    assert "{'shout:a': {...}}, {'shout:b': {...}}" in text
+    assert "{'shout:a': ...}, {'shout:b': ...}" in text
 
 
 def test_a_mapping_of_several_plugins_is_refused(shout: None, refused: Any) -> None:

@@ -222,9 +222,17 @@ NOTHING = """
 """
 
 
-@pytest.mark.parametrize(("source", "count"), [(TESTS, 3), (NOTHING, 1)], ids=["used", "not used"])
-def test_pytest_has_the_fixtures_wherever_torchplug_is_installed(source: str, count: int, tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text(textwrap.dedent(source))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "test_it.py"]
+
+
+def test_pytest_has_the_fixtures_wherever_torchplug_is_installed(tmp_path: Path, programs: Any) -> None:
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(TESTS))
+    done = programs.run(f"import pytest\nraise SystemExit(pytest.main({OPTIONS}))", cwd=tmp_path)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_pytest_imports_nothing_for_the_fixtures_before_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(NOTHING))
+    command = [sys.executable, "-m", "pytest", *OPTIONS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert f"{count} passed" in done.stdout, done.stdout + done.stderr
+    assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -74,3 +74,32 @@ def test_of_two_ranks_each_has_a_file(trainer: Any, tiny: Any, tmp_path: Path) -
     made.fit(tiny())
     made.run.rank = 1
     assert profiler._path(made.run) == tmp_path / "trace-1.json"
+
+
+def test_a_folder_that_is_not_there_is_made_before_training(trainer: Any, tiny: Any, tmp_path: Path) -> None:
+    trainer(plugins=[], trace=tmp_path / "new" / "trace.json").fit(tiny())
+    assert json.loads((tmp_path / "new" / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_training(trainer: Any, tiny: Any, tmp_path: Path) -> None:
+    made = trainer(plugins=[], trace=tmp_path)
+    with pytest.raises(IsADirectoryError):
+        made.fit(tiny())
+    assert made.run.position.step == 0
+
+
+def test_a_test_after_a_fit_has_a_file_of_its_own(trainer: Any, tiny: Any, tmp_path: Path) -> None:
+    made = trainer(plugins=[], trace=tmp_path / "trace.json")
+    made.fit(tiny())
+    whole = (tmp_path / "trace.json").read_bytes()
+    made.test(tiny())
+    assert (tmp_path / "trace.json").read_bytes() == whole
+    assert "core test_step" in (tmp_path / "trace-test.json").read_text(encoding="utf-8")
+
+
+def test_the_working_directory_may_change_meanwhile(trainer: Any, tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    made = trainer(plugins=[], trace="here.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made.fit(tiny())
+    assert (tmp_path / "here.json").exists() and not Path("here.json").exists()

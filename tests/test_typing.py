@@ -71,6 +71,7 @@ BAD = {
 }
 BAD_WRAPPER = "def zero_grad(self, run: Run, optimizer: Optimizer) -> Generator[None, bool | None, str]:\n        yield\n        return ''"
 CALLS = {
+    "a name that the package has not": "torchplug.Trainor(plugins=3)",
     "a hook that is not there": "hooks.on_train_epoch_ends(run)",
     "a call without an argument": "hooks.on_train_batch_start(run, None)",
     "a call with another type": "hooks.on_stop_requested(run, 3, '')",
@@ -85,7 +86,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for i, (method, marker) in enumerate([*((each, "hookimpl") for each in BAD.values()), (BAD_WRAPPER, "hookimpl(wrapper=True)")]):
         sources[f"bad_{i}"] = f"import torchplug\n\nclass Bad(Hooks):\n    @{marker}\n    {method}\n"
     for i, call in enumerate(CALLS.values()):
-        sources[f"call_{i}"] = f"def call(hooks: Hooks, run: Run) -> None:\n    {call}\n"
+        sources[f"call_{i}"] = f"import torchplug\n\ndef call(hooks: Hooks, run: Run) -> None:\n    {call}\n"
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(HEAD + source, encoding="utf-8")
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def test_the_version_of_the_core_is_written_in_one_place() -> None:
         (["torchplug-ema>=7", "torchplug.thing>=8", "torchplugs>=9"], ""),
         (["torchplug"], ""),
         (["torchplug>=9; extra == 'future'"], ""),
+        (["TorchPlug>=0.1"], ">=0.1"),
+        (["torchplug>=0.1; python_version >= '3.8'", "torchplug>=9; python_version < '3.8'"], ">=0.1"),
         ([], ""),
     ],
 )
@@ -154,3 +157,21 @@ def test_who_takes_a_deprecated_argument_is_warned_and_nobody_else(tiny: Any, tr
         trainer(plugins=[New()]).fit(tiny())
     with pytest.warns(DeprecationWarning, match=f"^plugin 'old': {text}$"):
         trainer(plugins=[New(), Old()]).fit(tiny())
+
+
+def test_in_a_script_the_warning_is_shown_without_being_asked_for(tmp_path: Path, programs: Any) -> None:
+    code = """
+        from torchplug import Trainer, hookimpl
+        from torchplug.hookspecs import Hooks
+        from torchplug.testing import TinyModule
+
+        Hooks.on_fit_start.torchplug_spec["warn_on_impl"] = DeprecationWarning("on_fit_start goes in 1.0")
+
+        class Old:
+            @hookimpl
+            def on_fit_start(self): ...
+
+        Trainer(plugins=[Old()], max_steps=1, accelerator="cpu", num_sanity_val_steps=0).fit(TinyModule())
+    """
+    done = programs.run(textwrap.dedent(code), cwd=tmp_path)
+    assert done.returncode == 0 and "DeprecationWarning: plugin 'old': on_fit_start goes in 1.0" in done.stderr, done.stderr

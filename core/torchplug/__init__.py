@@ -29,13 +29,15 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        globals()[name] = value = getattr(import_module(f"torchplug.{_HOMES[name]}"), name)
-        return value
-    if not name.startswith("_") and find_spec(f"torchplug.{name}") is not None:
-        return import_module(f"torchplug.{name}")
-    raise AttributeError(f"module 'torchplug' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers see the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            globals()[name] = value = getattr(import_module(f"torchplug.{_HOMES[name]}"), name)
+            return value
+        if name.isidentifier() and not name.startswith("_") and find_spec(f"torchplug.{name}") is not None:
+            return import_module(f"torchplug.{name}")
+        raise AttributeError(f"module 'torchplug' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

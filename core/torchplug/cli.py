@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torchplug.discovery import COMMANDS, Found, PluginError, load, scan
+import torchplug
+from torchplug.discovery import COMMANDS, Found, PluginError, scan
 
 __all__ = ["main"]
 
@@ -28,19 +30,35 @@ ELSEWHERE = dict.fromkeys(("fit", "validate", "test", "predict", "tune", "schema
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``torchplug ARGUMENTS``; returns the exit code (2 for a mistake in the arguments, which is said in one line)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough, as in "torchplug plugins | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(words: list[str]) -> int:
     name = words[0] if words else ""
     try:
         if name in OWN:
             return _run(name, words)
-        brought = {each.name: each for each in scan(COMMANDS)[0]}
-        if name in brought:
-            code: int = load(brought[name].value)(words[1:])
+        brought, unreadable = scan(COMMANDS)
+        meant = [each for each in brought if each.name == name]
+        if len(meant) > 1:
+            both = " and ".join(f"{each.distribution} {each.version}" for each in meant)
+            raise PluginError(f"the command {name!r} is provided by {both}: uninstall one")
+        if meant:
+            code: int = meant[0].load()(words[1:])
             return code
-        if name in ("", "-h", "--help"):
+        if name == "--version":
+            print(f"torchplug {torchplug.__version__}")
+            return 0
+        if name in ("", "-h", "--help", "help"):
             _show(brought)
             return 0 if name else 2
-        raise PluginError(_unknown(name, brought))
+        raise PluginError("; ".join([_unknown(name, [each.name for each in brought]), *unreadable]))
     except PluginError as error:
         print(f"torchplug: {error}", file=sys.stderr)
         return 2
@@ -52,11 +70,16 @@ def _run(name: str, words: list[str]) -> int:
     module, _ = OWN[name]
     importlib.import_module(f"torchplug.{module}").add_command(parser.add_subparsers(dest="command"))
     chosen = parser.parse_args(words)
-    code: int = chosen.run(chosen)
+    try:
+        code: int = chosen.run(chosen)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise PluginError(str(error)) from error
     return code
 
 
-def _unknown(name: str, brought: Mapping[str, Found]) -> str:
+def _unknown(name: str, brought: Sequence[str]) -> str:
     if name in ELSEWHERE:
         return f"the command {name!r} comes with {ELSEWHERE[name]}: pip install {ELSEWHERE[name]}"
     from torchplug.options import closest
@@ -64,10 +87,10 @@ def _unknown(name: str, brought: Mapping[str, Found]) -> str:
     return f"the command {name!r} is not there" + closest(name, [*OWN, *brought, *ELSEWHERE])
 
 
-def _show(brought: Mapping[str, Found]) -> None:
+def _show(brought: Sequence[Found]) -> None:
     print("usage: torchplug COMMAND ...\n\nPlugins, options, checkpoints and runs of torchplug.\n")
     lines = {name: text for name, (_, text) in OWN.items()}
-    lines |= {name: f"from {found.distribution} {found.version}" for name, found in brought.items()}
+    lines |= {each.name: f"from {each.distribution} {each.version}" for each in brought}
     for name, text in lines.items():
         print(f"  {name:<10} {text}")
     print("\ntorchplug COMMAND --help says what its arguments are")

@@ -41,7 +41,7 @@ def write_config(run: Run, enabled: Mapping[str, Any], given: Mapping[str, Any])
         given: the loaders that the method was called with, by stage.
     """
     file = run.dir / "config.yaml"
-    if file.exists():  # an evaluation that goes on in the folder of its fit
+    if file.exists() and run.work != "fit":  # an evaluation that goes on in the folder of its fit
         return
     options = {field.name: getattr(run.options, field.name) for field in dataclasses.fields(run.options) if field.name != "plugins"}
     lines = ["# written by torchplug; the command fit of torchplug-cli starts the same run again from it", *_section("trainer", options)]

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torchplug
@@ -19,7 +19,10 @@ from torchplug.versions import allows
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
-__all__ = ["BUNDLE", "COMMANDS", "GROUP", "SWITCH", "Catalogue", "Found", "PluginError", "discover", "find", "installed", "load", "scan"]
+__all__ = [
+    "BUNDLE", "COMMANDS", "GROUP", "SWITCH", "Catalogue", "Found", "PluginError", "bare", "discover", "find", "installed", "load",
+    "scan",
+]  # fmt: skip
 
 GROUP = "torchplug"
 BUNDLE = "standard"  # what Trainer() takes when no plugins are named
@@ -57,6 +60,12 @@ class Found(NamedTuple):
         return Distribution.at(self.folder)
 
     @property
+    def imported(self) -> Any:
+        """What it names, if its module was imported already."""
+        module, _, attributes = self.value.partition("[")[0].replace(" ", "").partition(":")
+        return reduce(lambda part, name: getattr(part, name, None), attributes.split("."), sys.modules.get(module))
+
+    @property
     def requires(self) -> list[str]:
         """What the package needs, as its metadata says it."""
         return re.findall(r"^Requires-Dist: *(.+?)\s*$", _header(self.folder), re.MULTILINE)
@@ -71,10 +80,9 @@ class Found(NamedTuple):
         """The versions of torchplug that its package asks for, such as ">=0.1,<0.2"; empty if it does not say."""
         ranges = []
         for line in self.requires:
-            asked = re.fullmatch(
-                r"torchplug(?![\w.-])\s*(?:\[[^\]]*\])?\s*\(?([^;()@]*)\)?\s*", line
-            )  # one with a marker is for another place
-            if asked:
+            requirement, _, marker = (part.strip() for part in line.partition(";"))
+            asked = re.fullmatch(r"torchplug(?![\w.-])\s*(?:\[[^\]]*\])?\s*\(?([^()@]*)\)?", requirement, re.IGNORECASE)
+            if asked and _holds(marker):
                 ranges.append(asked[1].replace(" ", ""))
         return ",".join(filter(None, ranges))
 
@@ -104,13 +112,15 @@ class Found(NamedTuple):
         try:
             return load(self.value)
         except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
+            if error.name is None:  # the author's own words
+                raise PluginError(f"{self.label}: {self.value} cannot be imported: {error}") from error
+            missing = error.name.partition(".")[0]
             mine = missing == self.value.partition(":")[0].partition(".")[0]
             raise PluginError(
                 f"{self.label}: {self.value} cannot be imported: there is no module {error.name!r}: "
                 + (f"pip install --force-reinstall {self.distribution}" if mine else f"pip install what {missing!r} is part of")
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{self.label}: {self.value} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -138,26 +148,56 @@ class Catalogue:
             PluginError: it is not installed, or several packages have it.
         """
         distribution, _, plain = name.rpartition("/")
-        hits = [each for each in self.found if each.name == plain and (not distribution or each.distribution == distribution)]
+        hits = [each for each in self.found if each.name == plain and _same(distribution or each.distribution, each.distribution)]
         if len(hits) == 1:
             return hits[0]
+        if len({_key(each.distribution) for each in hits}) == 1 and hits:
+            raise PluginError(f"plugin {plain!r}: {hits[0].distribution} is installed twice; pip uninstall it twice, and install it again")
         if hits:
             both = " and ".join(f"{each.distribution} {each.version}" for each in hits)
             raise PluginError(f"plugin {plain!r} is provided by {both}: write {hits[0].distribution + '/' + plain!r} to take the first")
         from torchplug.options import closest
 
-        package = "torchplug-" + plain.replace("_", "-")
-        meant = closest(plain, [each.name for each in self.found])
-        listed = ", ".join(each.name for each in self.found) or "none"
-        raise PluginError(
-            f"plugin {name!r} is not installed{meant or '.'} If it is a package of its own: pip install {package} "
-            f"(installed plugins: {listed})" + "".join(f"; {line}" for line in self.unreadable)
-        )
+        names = [each.name for each in self.found]
+        remedy = closest(plain.replace("-", "_").removeprefix("torchplug_"), names)
+        if not remedy:  # a name that is nearly right is no package to install
+            package = "torchplug-" + plain.replace("_", "-").removeprefix("torchplug-")
+            remedy = f"; if it is a plugin of torchplug: pip install {package}"
+        listed = f" (installed plugins: {', '.join(names) or 'none'})"
+        raise PluginError(f"plugin {name!r} is not installed{remedy}{listed}" + "".join(f"; {line}" for line in self.unreadable))
 
     def origin(self, plugin: Any) -> Found | None:
         """The entry point of a plugin that was given as an object."""
-        value = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
-        return next((each for each in self.found if each.value.replace(" ", "") == value), None)
+        return next((each for each in self.found if each.imported is type(plugin)), None)
+
+
+def bare() -> bool:
+    """Whether the environment asks for runs without any plugin.
+
+    Raises:
+        PluginError: it asks for something else, which nobody knows.
+    """
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "none"):
+        raise PluginError(f"the environment variable {SWITCH} may be 'none', which starts without plugins, or not set; got {value!r}")
+    return value == "none"
+
+
+def _holds(marker: str) -> bool:
+    """Whether a requirement counts here: one for another Python does not, nor does one of an extra or of another system."""
+    python = re.fullmatch(r"""python_(?:full_)?version\s*(<=|>=|<|>|==|!=)\s*['"]([\d.]+)['"]""", marker)
+    if python:
+        return allows("".join(python.groups()), ".".join(map(str, sys.version_info[:2])))
+    return not marker
+
+
+def _key(distribution: str) -> str:
+    """Names of packages are the same whatever stands between their words."""
+    return re.sub(r"[-_.]+", "_", distribution).lower()
+
+
+def _same(one: str, other: str) -> bool:
+    return _key(one) == _key(other)
 
 
 def scan(group: str) -> tuple[list[Found], list[str]]:
@@ -165,7 +205,7 @@ def scan(group: str) -> tuple[list[Found], list[str]]:
     found, unreadable = list[Found](), list[str]()
     for folder in _packages():
         try:
-            found += _entries(folder, group)
+            found += list(_entries(folder, group))
         except (OSError, ValueError) as error:  # whatever is wrong with one package is no matter of the others
             unreadable.append(f"the metadata in {folder} cannot be read: {error}")
     return sorted(found, key=lambda each: (each.name, each.distribution)), unreadable
@@ -183,7 +223,7 @@ def _packages() -> Iterator[str]:
         for name in names:
             stem, ending = os.path.splitext(name)
             if ending in METADATA:
-                key = re.sub(r"[-_.]+", "_", stem.partition("-")[0]).lower()
+                key = _key(stem.partition("-")[0])
                 here.add(key)
                 if key not in seen:
                     yield os.path.join(place, name)

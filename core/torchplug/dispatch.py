@@ -60,7 +60,8 @@ def _pass_on(warning: warnings.WarningMessage, member: Member) -> None:
         spec = getattr(Hooks, hook).torchplug_spec
         if any(warning.message is each for each in (spec["warn_on_impl"], *(spec["warn_on_impl_args"] or {}).values())):
             text = f"{member.label}: {warning.message}"
-            warnings.warn_explicit(text, warning.category, code.co_filename, code.co_firstlineno)
+            module = type(member.plugin).__module__  # in a script it is shown, as Python does with every deprecation there
+            warnings.warn_explicit(text, warning.category, code.co_filename, code.co_firstlineno, module)
             return
     warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 

@@ -6,19 +6,20 @@ import argparse
 import os
 import platform
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import torchplug
-from torchplug.discovery import COMMANDS, SWITCH, Catalogue, Found, PluginError, scan
+from torchplug.discovery import COMMANDS, SWITCH, Catalogue, Found, PluginError, bare, scan
 from torchplug.lock import FILE, Lock, differences
-from torchplug.plugins import bare
+from torchplug.options import fields_of
 
 __all__ = ["add_command"]
+
+BACKENDS = ("gloo", "nccl", "mpi", "ucc")
 
 
 def add_command(commands: Any) -> None:
@@ -35,12 +36,14 @@ def add_command(commands: Any) -> None:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    for name, value in _facts():
-        print(f"{name:<12} {value}")
     catalogue = Catalogue()
-    good = [found.name for found in catalogue.found if not _wrong_with(found)]
-    print(f"{'plugins':<12} {', '.join(good) or 'none'}")
-    problems = [*_problems(catalogue), *_lock_problems(catalogue, chosen.lock)]
+    problems: list[str] = []
+    for name, value in _facts(problems):
+        print(f"{name:<12} {value}")
+    different = _different(catalogue, chosen.lock)
+    wrong = {found: _wrong_with(found) for found in catalogue.found if found.name not in different}  # what is not trusted is not imported
+    print(f"{'plugins':<12} {', '.join(found.name for found, why in wrong.items() if not why) or 'none'}")
+    problems += [*_problems(catalogue), *filter(None, wrong.values()), *different.values()]
     for problem in problems:
         print(f"PROBLEM {problem}")
     if not problems:
@@ -48,21 +51,25 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _facts() -> Iterator[tuple[str, str]]:
+def _facts(problems: list[str]) -> Iterator[tuple[str, str]]:
     """What a bug report should say, by name."""
     yield "torchplug", torchplug.__version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    yield "torch", str(torch.__version__)
     yield "pluggy", version("pluggy")
     yield "safetensors", version("safetensors")
-    yield "devices", ", ".join(_devices())
+    try:
+        torch: Any = import_module("torch")
+    except Exception as error:  # a library of a driver that is not there, for example
+        problems.append(f"torch cannot be imported: {type(error).__name__}: {error}")
+        return
+    yield "torch", str(torch.__version__)
+    yield "devices", ", ".join(_devices(torch))
     distributed = torch.distributed
-    backends = ("gloo", "nccl", "mpi", "ucc")
-    there = [name for name in backends if distributed.is_available() and getattr(distributed, f"is_{name}_available")()]
+    there = [name for name in BACKENDS if distributed.is_available() and getattr(distributed, f"is_{name}_available")()]
     yield "distributed", ", ".join(there) or "not in this build of torch"
 
 
-def _devices() -> Iterator[str]:
+def _devices(torch: Any) -> Iterator[str]:
     yield f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
@@ -72,13 +79,15 @@ def _devices() -> Iterator[str]:
 
 
 def _wrong_with(found: Found) -> str:
-    """Why a plugin cannot be used, empty if it can."""
+    """Why a plugin or a command cannot be used, empty if it can."""
     try:
-        found.load()
+        target = found.load()
+        if isinstance(target, type):
+            fields_of(target)
     except PluginError as error:
         return str(error)
-    except BaseException as error:  # a module may do anything when it is imported
-        return f"{found.label}: {found.value} cannot be imported: {type(error).__name__}: {error}"
+    except Exception as error:
+        return f"{found.label}: {type(error).__name__}: {error}"
     return ""
 
 
@@ -89,10 +98,9 @@ def _problems(catalogue: Catalogue) -> Iterator[str]:
     except PluginError as error:
         yield str(error)
     yield from catalogue.unreadable
-    for found in catalogue.found:
-        if why := _wrong_with(found):
-            yield why
-    for what, listed in (("plugin", catalogue.found), ("command", scan(COMMANDS)[0])):
+    commands = scan(COMMANDS)[0]
+    yield from filter(None, map(_wrong_with, commands))
+    for what, listed in (("plugin", catalogue.found), ("command", commands)):
         for name, group in groupby(listed, lambda each: each.name):
             several = list(group)
             if len(several) > 1:
@@ -101,13 +109,14 @@ def _problems(catalogue: Catalogue) -> Iterator[str]:
                 yield f"{what} {name!r} is provided by {both}: {remedy}"
 
 
-def _lock_problems(catalogue: Catalogue, path: str | None) -> Iterator[str]:
+def _different(catalogue: Catalogue, path: str | None) -> dict[str, str]:
+    """What is not as the lock says, by plugin."""
     if path is None and not Path(FILE).exists():
         print(f"{'lock':<12} none; torchplug lock writes {FILE}")
-        return
+        return {}
     try:
         found = differences(Lock.read(path or FILE), catalogue)
     except PluginError as error:
-        found = [str(error)]
-    print(f"{'lock':<12} {path or FILE}, {f'{len(found)} differences' if found else 'as installed'}")
-    yield from found
+        found = {"": str(error)}
+    print(f"{'lock':<12} {path or FILE}, {f'differences: {len(found)}' if found else 'as installed'}")
+    return found

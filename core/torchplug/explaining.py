@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from torchplug.discovery import PluginError, discover
+from torchplug.discovery import PluginError, discover, find
 from torchplug.members import PARAMETERS, Member
 from torchplug.options import closest, fields_of
 from torchplug.plugins import build, order
@@ -53,8 +53,7 @@ def _explain(chosen: argparse.Namespace) -> int:
 
 def _lenient(name: str) -> Any:
     """A plugin as it can be built without its required options: they do not change the order."""
-    plain = name.rpartition("/")[2].partition(":")[0]
-    target = next(each for each in discover() if each.name == plain).load()
+    target = find(name.partition(":")[0]).load()
     fields = fields_of(target) if isinstance(target, type) else []
     stand_ins = {"int": 1, "float": 1.0, "bool": True}
     return {name: {field.name: stand_ins.get(field.type, "...") for field in fields if field.default == "required"}}

@@ -40,7 +40,7 @@ An implementation names only the arguments it wants. The picture of a run::
             on_validation_epoch_end  [log_metrics]  on_validation_end  [log_metrics]
         [scheduler_step  on_scheduler_step]        schedulers with interval="epoch"
         [on_train_epoch_end  log_metrics]          unless training stops in the middle of it
-      [log_metrics]                              step values since the last record
+      [log_metrics]                                step values since the last record
       on_train_end
       [log_metrics]
       on_fit_end                                   always, also after an error

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ __all__ = ["Lock", "add_command", "fingerprint"]
 
 FILE = "torchplug.lock"
 CORE = "torchplug"
-NEW = "to accept what is installed now, write the lock anew: torchplug lock"
+FORMAT = 1
 LOCAL = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}  # how it was installed, not what
 
 
@@ -47,12 +47,17 @@ class Lock:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["version"] != FORMAT:
+                raise ValueError(f"version {content['version']!r}, this torchplug knows {FORMAT}")
             keys = ("distribution", "version", "hash")
             packages = {name: {key: str(each[key]) for key in keys} for name, each in content["packages"].items()}
         except FileNotFoundError:
             raise PluginError(f"lock={str(path)!r}: there is no such file; torchplug lock {path} writes it") from None
+        except OSError as error:
+            raise PluginError(f"lock={str(path)!r} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PluginError(f"lock={str(path)!r} is not a lock file ({type(error).__name__}: {error}); {NEW}") from None
+            what = f"lock={str(path)!r} is not a lock file ({type(error).__name__}: {error})"
+            raise PluginError(f"{what}; torchplug lock {path} writes it anew") from None
         return cls(str(path), packages)
 
     def check(self, found: Found) -> None:
@@ -68,14 +73,18 @@ class Lock:
         self._compare("torchplug", CORE, _core())
 
     def _compare(self, label: str, name: str, package: Distribution) -> None:
+        anew = f"to accept what is installed now, write the lock anew: torchplug lock {self.path}"
         if name not in self.packages:
-            raise PluginError(f"{label} is not in {self.path}; {NEW}")
-        locked, mine = self.packages[name], _entry(label, package)
+            raise PluginError(f"{self.path} refuses {label}, which is not in it; {anew}")
+        try:
+            locked, mine = self.packages[name], _entry(label, package)
+        except PluginError as error:
+            raise PluginError(f"{self.path} refuses {error}") from None
         for key in ("distribution", "version", "hash"):
             if locked[key] != mine[key]:
                 raise PluginError(
-                    f"{label} is not what {self.path} has: {key} {mine[key]} is installed, {locked[key]} is locked; "
-                    f"install {locked['distribution']}=={locked['version']}, or {NEW}"
+                    f"{self.path} refuses {label}: {key} {mine[key]} is installed, {locked[key]} is locked; "
+                    f"install {locked['distribution']}=={locked['version']}, or {anew}"
                 )
 
 
@@ -91,30 +100,49 @@ def _entry(label: str, package: Distribution) -> dict[str, str]:
 
 
 def fingerprint(label: str, package: Distribution) -> str:
-    """A SHA-256 over the RECORD of an installed package, whose lines have to be true.
+    """A SHA-256 over the RECORD of an installed package, whose lines have to be true, and whose modules have to be those found.
 
     Lines that say how it was installed, or are different on every machine (byte code, commands), are left out. An editable
     install records no code: there the files of its modules are taken instead.
 
     Raises:
-        PluginError: the package has no RECORD, or a file was changed after it was installed.
+        PluginError: the package has no RECORD, a file was changed after it was installed, or another one would be imported.
     """
     text = package.read_text("RECORD")
     if text is None:
         raise PluginError(f"{label} was installed without a RECORD and cannot be locked; install it with pip")
-    lines = []
-    for path, digest, *_ in csv.reader(io.StringIO(text)):
+    try:
+        lines, held = _recorded(label, package, text)
+        editable = json.loads(package.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PluginError(f"{label}: its RECORD cannot be read ({error}); {_again(package)}") from None
+    if editable:
+        lines = [line for line in lines if ".dist-info/" not in line and not line.partition(",")[0].endswith((".pth", ".py"))]
+        lines += [f"{name},{_digest(file)}" for name, file in _sources(label, package)]
+    else:
+        for file in _modules(label, package):
+            if file.resolve() not in held:
+                raise PluginError(f"{label}: {file} would be imported, which is not of this package; remove it, or look at sys.path")
+    return "sha256=" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _recorded(label: str, package: Distribution, text: str) -> tuple[list[str], set[Path]]:
+    """The lines of a RECORD that say what was installed, and the files that they are about."""
+    lines, held = [], set[Path]()
+    for path, digest, *_ in filter(None, csv.reader(io.StringIO(text))):
         name = PurePosixPath(path)
         if name.suffix == ".pyc" or ".." in name.parts or (name.parent.suffix == ".dist-info" and name.name in LOCAL):
             continue
         file = Path(str(package.locate_file(path)))
         if digest and (not file.is_file() or _digest(file, digest.partition("=")[0]) != digest):
-            raise PluginError(f"{label}: {file} was changed or removed after it was installed; pip install --force-reinstall it")
+            raise PluginError(f"{label}: {file} was changed or removed after it was installed; {_again(package)}")
+        held.add(file.resolve())
         lines.append(f"{path},{digest}")
-    if _editable(package):
-        lines = [line for line in lines if ".dist-info/" not in line and not line.partition(",")[0].endswith((".pth", ".py"))]
-        lines += [f"{name},{_digest(file)}" for name, file in _sources(package)]
-    return "sha256=" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return lines, held
+
+
+def _again(package: Distribution) -> str:
+    return f"pip install --force-reinstall --no-deps {package.metadata['Name']}=={package.version}"
 
 
 def _digest(file: Path, method: str = "sha256") -> str:
@@ -122,21 +150,28 @@ def _digest(file: Path, method: str = "sha256") -> str:
     return f"{method}=" + base64.urlsafe_b64encode(hashlib.new(method, file.read_bytes()).digest()).decode().rstrip("=")
 
 
-def _editable(package: Distribution) -> bool:
-    origin = json.loads(package.read_text("direct_url.json") or "{}")
-    return bool(origin.get("dir_info", {}).get("editable"))
-
-
-def _sources(package: Distribution) -> Iterator[tuple[str, Path]]:
-    """The Python files of the modules that the entry points of a package name; finding them imports nothing."""
-    modules = {point.value.partition(":")[0].partition(".")[0] for point in package.entry_points}
-    for module in sorted(modules):
-        spec = importlib.util.find_spec(module)
+def _modules(label: str, package: Distribution) -> Iterator[Path]:
+    """The file of each module that the entry points of a package name, or of the package that it is in; nothing of it is imported."""
+    for module in sorted({point.module for point in package.entry_points}):
+        name, spec = "", None
+        for part in module.split("."):  # what is above it may be a namespace, which has no code
+            name = f"{name}.{part}" if name else part
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is not None:
+                break
         if spec is None or spec.origin is None:
-            continue
-        file = Path(spec.origin)
-        for each in sorted(file.parent.rglob("*.py")) if spec.submodule_search_locations else [file]:
-            yield each.relative_to(file.parent.parent if spec.submodule_search_locations else file.parent).as_posix(), each
+            raise PluginError(f"{label}: its module {module} is not there; {_again(package)}")
+        yield Path(spec.origin)
+
+
+def _sources(label: str, package: Distribution) -> Iterator[tuple[str, Path]]:
+    """The files of these modules, by name."""
+    for file in dict.fromkeys(_modules(label, package)):
+        inside = file.name.startswith("__init__.")
+        top = file.parent.parent if inside else file.parent
+        for each in sorted(file.parent.rglob("*")) if inside else [file]:
+            if each.is_file() and each.suffix != ".pyc":
+                yield each.relative_to(top).as_posix(), each
 
 
 def add_command(commands: Any) -> None:
@@ -157,25 +192,27 @@ def _lock(chosen: argparse.Namespace) -> int:
     catalogue = Catalogue()
     if chosen.check:
         problems = differences(Lock.read(chosen.file), catalogue)
-        print("\n".join(problems) or f"{chosen.file}: what is installed is what is locked")
+        print("\n".join(problems.values()) or f"{chosen.file}: what is installed is what is locked")
         return 1 if problems else 0
     names = [name.strip() for name in chosen.plugins.split(",")] if chosen.plugins else sorted({each.name for each in catalogue.found})
     chosen_ones = [catalogue.find(name) for name in names]
     packages = {CORE: _entry("torchplug", _core()), **{each.name: _entry(each.label, each.package) for each in chosen_ones}}
-    Path(chosen.file).write_text(json.dumps({"version": 1, "packages": packages}, indent=2) + "\n", encoding="utf-8")
-    print(f"{chosen.file}: torchplug and {len(chosen_ones)} plugins; use it with Trainer(lock={chosen.file!r})")
+    temporary = Path(f"{chosen.file}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"version": FORMAT, "packages": packages}, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, chosen.file)
+    print(f"{chosen.file}: torchplug and {', '.join(names) or 'no plugins'}; use it with Trainer(lock={chosen.file!r})")
     return 0
 
 
-def differences(lock: Lock, catalogue: Catalogue) -> Sequence[str]:
-    """A line for each package of a lock that is not installed as it was."""
-    problems = []
-    for name in lock.packages:
+def differences(lock: Lock, catalogue: Catalogue) -> dict[str, str]:
+    """The packages of a lock that are not installed as they were, by plugin, each with what is different."""
+    problems = {}
+    for name, locked in {CORE: {}, **lock.packages}.items():
         try:
             if name == CORE:
                 lock.check_core()
             else:
-                lock.check(catalogue.find(name))
+                lock.check(catalogue.find(f"{locked['distribution']}/{name}"))
         except PluginError as error:
-            problems.append(str(error))
+            problems[name] = str(error)
     return problems

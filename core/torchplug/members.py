@@ -112,7 +112,7 @@ class Member:
                     raise PluginError(f"{self.label}: {cls.__name__}.{name} is not a hook{closest(name, PARAMETERS)}")
                 continue
             if options is None and not bare:
-                if cls.__mro__[1:] and getattr(Hooks, name, None) is function:
+                if getattr(Hooks, name, None) is function:
                     continue  # inherited from Hooks for its signatures
                 raise PluginError(f"{self.label}: {cls.__name__}.{name} has the name of a hook but no @hookimpl; add it, or rename")
             options = dict(options or {"wrapper": False})

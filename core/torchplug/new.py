@@ -99,7 +99,7 @@ def _new(chosen: argparse.Namespace) -> int:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
     print(f"{names.distribution}: {len(texts)} files are in {folder}. Next:\n")
-    print(f"    cd {shlex.quote(str(folder))}\n    pip install -e .\n    pytest\n")
+    print(f"    cd {shlex.quote(str(folder))}\n    pip install -e . pytest\n    pytest\n")
     if not description:
         print("Before you publish it, write what it does into pyproject.toml and README.md: it cannot be built without.")
     return 0

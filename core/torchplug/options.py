@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Range", "above", "at_least", "check_fields", "closest", "discreet", "documentation", "duration", "fields_of"]
+__all__ = ["Range", "above", "at_least", "check_fields", "check_values", "closest", "discreet", "documentation", "duration", "fields_of"]
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,30 @@ def check_fields(instance: Any) -> None:
         TypeError: a value of another type, named with the types that are possible.
         ValueError: a number out of range or a word that is not among the choices.
     """
-    hints = typing.get_type_hints(type(instance), include_extras=True)
-    for field in dataclasses.fields(instance):
-        value, hint = getattr(instance, field.name), hints[field.name]
+    check_values(type(instance), {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)})
+
+
+def check_values(cls: type, values: Mapping[str, Any]) -> None:
+    """The same for values of which an instance is to be made."""
+    hints = _hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
         if not _fits(value, hint):
             kind = ValueError if _is_choice(value, hint) else TypeError
-            raise kind(f"{field.name} must be {_words(hint)}, got {value!r}")
+            raise kind(f"{name} must be {_words(hint)}, got {value!r}")
         for part in _parts(hint):
             if isinstance(part[1], Range) and _fits(value, part[0]) and value is not None and value not in part[1]:
-                raise ValueError(f"{field.name} must be {part[1]}, got {value!r}")
+                raise ValueError(f"{name} must be {part[1]}, got {value!r}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"the annotation of an option of {cls.__name__} names {error.name!r}, which is not there when the program runs: import it "
+            "outside of TYPE_CHECKING"
+        ) from None
 
 
 def _parts(hint: Any) -> list[tuple[Any, Range | None]]:
@@ -161,7 +176,7 @@ def fields_of(cls: type) -> list[Field]:
     """The options of a plugin or of the Trainer: public dataclass fields with type, range, default and text."""
     if not dataclasses.is_dataclass(cls):
         return []
-    texts, hints = documentation(cls), typing.get_type_hints(cls, include_extras=True)
+    texts, hints = documentation(cls), _hints(cls)
     found = []
     for field in dataclasses.fields(cls):
         if not field.init or field.name.startswith("_"):

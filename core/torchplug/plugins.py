@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from torchplug.discovery import BUNDLE, SWITCH, Catalogue, Found, PluginError, find, installed
+from torchplug.discovery import BUNDLE, SWITCH, Catalogue, Found, PluginError, bare, find, installed
 from torchplug.lock import Lock
 from torchplug.members import Member
-from torchplug.options import check_fields, closest, fields_of
+from torchplug.options import check_fields, check_values, closest, fields_of
 from torchplug.settings import Settings
 
-__all__ = ["bare", "build", "mentioned", "named", "order"]
+__all__ = ["build", "mentioned", "named", "order"]
 
 logger = logging.getLogger("torchplug")
 
@@ -32,22 +32,16 @@ MUTABLE = (list, dict, set, bytearray, torch.Tensor)
 PROFILER = "profiler"  # what trace= takes
 
 
-def bare() -> bool:
-    """Whether the environment asks for runs without any plugin.
-
-    Raises:
-        PluginError: it asks for something else, which nobody knows.
-    """
-    value = os.environ.get(SWITCH, "")
-    if value not in ("", "none"):
-        raise PluginError(f"the environment variable {SWITCH} may be 'none', which starts without plugins, or not set; got {value!r}")
-    return value == "none"
-
-
 def named(options: Settings) -> list[Any]:
     """What the user named in ``plugins``, and before it what ``accelerator``, ``strategy`` and ``trace`` name."""
     if bare():
-        logger.warning("%s=none: runs without plugins%s", SWITCH, f", not with {options.plugins!r}" if options.plugins else "")
+        left_out = [
+            f"{name}={getattr(options, name)!r}" for name in ("plugins", "accelerator", "strategy", "devices", "num_nodes", "trace")
+            if getattr(options, name) != getattr(Settings, name)
+        ]  # fmt: skip
+        logger.warning(
+            "%s=none: runs in one process on the CPU without plugins%s", SWITCH, ", not with " * bool(left_out) + ", ".join(left_out)
+        )
         return []
     listed = options.plugins
     if listed is None:
@@ -63,7 +57,7 @@ def named(options: Settings) -> list[Any]:
                 f"trace={options.trace!r} takes the plugin {PROFILER!r}, which plugins names too: "
                 f"write {{{PROFILER!r}: {{'timeline': {str(options.trace)!r}}}}} there, without trace"
             )
-        first.append({PROFILER: {"timeline": str(options.trace)}})
+        first.append({PROFILER: {"timeline": os.path.abspath(options.trace)}})
     return [each for each in first if (each if isinstance(each, str) else next(iter(each))) not in known] + list(listed)
 
 
@@ -120,22 +114,26 @@ def build(named: Sequence[Any], lock: Lock | None = None) -> list[Member]:
         if lock is not None:
             lock.check(found)
 
+    def origin(plugin: Any) -> Found | None:
+        found = catalogue.origin(plugin)
+        if found:
+            check(found)
+        return found
+
     def add(name: str, plugin: Any, found: Found | None) -> None:
         if name in members:
             raise PluginError(
-                f"{members[name].label}: named twice; give the instances names of their own: "
-                f"{{'{name}:a': {{...}}}}, {{'{name}:b': {{...}}}}"
+                f"{members[name].label}: named twice; give the instances names of their own: {{'{name}:a': ...}}, {{'{name}:b': ...}}"
             )
-        if found:
-            check(found)
         distribution, version = (found.distribution, found.version) if found else ("", "")
         members[name] = Member(name, plugin, distribution=distribution, version=version)
 
     def add_named(name: str, options: Any) -> None:
         base, _, instance = name.partition(":")
         if not isinstance(options, Mapping):  # {"name": object}
-            _require_object(options)
-            add(name, options, catalogue.origin(options))
+            if type(options).__module__ == "builtins" and not inspect.isclass(options):
+                raise PluginError(f"plugin {name!r}: its options must be a mapping such as {{'option': value}}, got {options!r}")
+            add(name, options, origin(options))
             return
         found = catalogue.find(base)
         check(found)
@@ -166,7 +164,7 @@ def build(named: Sequence[Any], lock: Lock | None = None) -> list[Member]:
             if inspect.isclass(each):
                 raise PluginError(f"plugin {each.__name__}: got the class, have you forgotten the ()?")
             _require_object(each)
-            found = catalogue.origin(each)
+            found = origin(each)
             add(found.name if found else _snake(type(each).__name__), each, found)
 
     for each in named:
@@ -207,28 +205,45 @@ def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> An
     label = found._replace(name=name).label
     if not inspect.isclass(cls):
         raise PluginError(f"{label}: its entry point {found.value} must be a class or a list of names, got {type(cls).__name__}")
-    known = [field.name for field in fields_of(cls)]
-    policy = None if "on_error" in known else options.pop("on_error", None)
-    if dataclasses.is_dataclass(cls):
-        for option in options:
-            if option not in known:
-                listed = ", ".join([*known, "on_error"]) if known else "none but on_error"
-                raise PluginError(f"{label}: no option {option!r}{closest(option, known)} (options: {listed})")
     try:
-        for option, default in _defaults(cls):
-            if isinstance(default, MUTABLE):
-                raise TypeError(
-                    f"the default of option {option!r} is one {type(default).__name__} that all instances would share; "
-                    "write field(default_factory=...)"
-                )
+        policy = None if "on_error" in getattr(cls, "__dataclass_fields__", {}) else options.pop("on_error", None)
+        _check_names(name, cls, options)
         plugin: Any = cls(**options)
         if dataclasses.is_dataclass(plugin):
             check_fields(plugin)
     except (TypeError, ValueError) as error:
-        raise PluginError(f"{label}: {error}") from error
+        raise PluginError(f"{label}: {_wrong_type(cls, options, str(error)) or error}") from error
     if policy is not None:
         plugin.on_error = policy
     return plugin
+
+
+def _check_names(name: str, cls: Any, options: Mapping[str, Any]) -> None:
+    """Refuses options that are not there, those that are missing, and defaults that are one object for all instances."""
+    known = {field.name: field for field in fields_of(cls)}
+    for option in options:
+        if dataclasses.is_dataclass(cls) and option not in known:
+            listed = ", ".join([*known, "on_error"]) if known else "none but on_error"
+            raise TypeError(f"no option {option!r}{closest(option, known)} (options: {listed})")
+    for option, field in known.items():
+        if field.default == "required" and option not in options:
+            raise TypeError(f"option {option!r} must be given, as in {{{name!r}: {{{option!r}: ...}}}}; {field.text}".rstrip("; ."))
+    for option, default in _defaults(cls):
+        if isinstance(default, MUTABLE):
+            raise TypeError(
+                f"the default of option {option!r} is one {type(default).__name__} that all instances would share; "
+                "write field(default_factory=...)"
+            )
+
+
+def _wrong_type(cls: type, options: Mapping[str, Any], said: str) -> str:
+    """Which option has a wrong type, where the plugin used it before it knew, and what it ``said`` names none."""
+    if dataclasses.is_dataclass(cls) and not any(name in said for name in options):
+        try:
+            check_values(cls, options)
+        except TypeError as error:
+            return str(error)
+    return ""
 
 
 def _defaults(cls: type) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ import torch
 from torchplug import checkpoint, loop
 from torchplug.blame import blame, caller
 from torchplug.config import write_config
-from torchplug.discovery import PluginError
+from torchplug.discovery import PluginError, bare
 from torchplug.dispatch import dispatch, register, watch
 from torchplug.launching import Call, Done, Task
 from torchplug.loaders import close
@@ -30,7 +30,7 @@ from torchplug.members import Member
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
 from torchplug.operations import Operations
-from torchplug.plugins import bare, build, named, order
+from torchplug.plugins import build, named, order
 from torchplug.precision import ScaledAutocast, Unscaling, operations_for
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare
 from torchplug.resume import Start, find_start, go_on_as, put_in_place
@@ -74,18 +74,19 @@ class Trainer(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _speak()
-        self._begin_with(named(self))
+        lock = Lock.read(self.lock) if self.lock is not None else None
+        if lock is not None:
+            lock.check_core()
+        self._begin_with(named(self), lock)
 
-    def _begin_with(self, plugins: list[Any]) -> None:
+    def _begin_with(self, plugins: list[Any], lock: Lock | None) -> None:
         """The plugins of all runs, found, built and ordered."""
         self.run: Run | None = None
         self.metrics = Results()
         self._module: Module | None = None
         self._fitted: Run | None = None
-        self._lock = Lock.read(self.lock) if self.lock is not None else None
-        if self._lock is not None:
-            self._lock.check_core()
-        self._members = build(plugins, self._lock)
+        self._lock = lock
+        self._members = build(plugins, lock)
         order(self._members)  # a cycle is an error now, not when training starts
 
     # ------------------------------------------------------------------ what a user calls
@@ -315,13 +316,18 @@ class Trainer(Settings):
     def __getstate__(self) -> dict[str, Any]:
         """Options, plugins as they are, and what a run after an earlier fit goes on from."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "plugins": [{member.name: member.plugin} for member in self._members], "earlier": self._fitted}
+        return {
+            **fields,
+            "plugins": [{member.name: member.plugin} for member in self._members],
+            "earlier": self._fitted,
+            "held": self._lock,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        earlier = state.pop("earlier")
+        earlier, lock = state.pop("earlier"), state.pop("held")
         vars(self).update(state)
         _speak()
-        self._begin_with(state["plugins"])
+        self._begin_with(state["plugins"], lock)
         if earlier is not None:
             self._fitted, self._module = earlier, earlier.module
 

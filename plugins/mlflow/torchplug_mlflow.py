@@ -241,7 +241,6 @@ class _Backend:
             tags["mlflow.user"] = getpass.getuser()
         if options.parent is not None:
             tags["mlflow.parentRunId"] = options.parent
-        tags["torchplug.versions"] = json.dumps(start["versions"])  # of torchplug, torch, Python and the plugins
         tags.update(options.tags or {})
         tags = {name: _clean(str(value))[:TAG] for name, value in tags.items()}
         name = options.run_name or self._place.run_dir.name
@@ -286,6 +285,8 @@ class _Backend:
                 event = record["event"]
                 if event == "log_metrics":
                     metrics += self._metrics(record, tags)
+                elif event == "on_run_start":  # of torchplug, torch, Python and the plugins: others, perhaps, where a run goes on
+                    tags["torchplug.versions"] = json.dumps(record["versions"])[:TAG]
                 elif event == "log_hyperparameters":
                     self._hyperparameters(record["hyperparameters"], params, tags)
                 elif event in ("on_checkpoint_saved", "on_checkpoint_removed") and self._options.log_model == "all":

@@ -90,6 +90,7 @@ class Profiler:
     seconds: float = field(init=False, default=0.0, repr=False)
     _threads: dict[int, _Thread] = field(init=False, default_factory=dict, repr=False)
     _calls: list[tuple[int, tuple[str, str], int, int]] = field(init=False, default_factory=list, repr=False)
+    _kept: set[str] = field(init=False, default_factory=set, repr=False)  # the files of earlier runs
     _left_out: int = field(init=False, default=0, repr=False)
     _begin: int = field(init=False, default=0, repr=False)
     _over: bool = field(init=False, default=True, repr=False)
@@ -161,6 +162,9 @@ class Profiler:
     @hookimpl
     def setup(self, run: Run) -> None:
         self._run = run
+        if not isinstance(self.timeline, bool):  # what cannot be written is said now, not when everything is over
+            self._path(run).parent.mkdir(parents=True, exist_ok=True)
+            self._path(run).write_text("", encoding="utf-8")
 
     @hookimpl
     def on_train_epoch_start(self) -> None:
@@ -177,15 +181,18 @@ class Profiler:
         if self.timeline:
             path = self._path(run)
             self._write(path, run.rank)
+            self._kept.add(str(path))
             lines.append(f"{len(self._calls)} calls in {path}" + (f", {self._left_out} later ones left out" if self._left_out else ""))
         run.report[run.name_of(self)] = "\n".join(lines)
         self._over, self._run, self._calls = True, None, []
 
     def _path(self, run: Run) -> Path:
-        if isinstance(self.timeline, bool):
-            return run.dir / f"timeline-{run.rank}.json"
-        path = Path(self.timeline)
-        return path.with_stem(f"{path.stem}-{run.rank}") if run.rank else path
+        path = run.dir / f"timeline-{run.rank}.json" if isinstance(self.timeline, bool) else Path(self.timeline)
+        if run.rank and not isinstance(self.timeline, bool):
+            path = path.with_stem(f"{path.stem}-{run.rank}")
+        if str(path) in self._kept:  # a test after a fit has a file of its own
+            path = path.with_stem(f"{path.stem}-{run.work}")
+        return path
 
     def table(self) -> str:
         """Where the time of the last run went, the most expensive hook first."""

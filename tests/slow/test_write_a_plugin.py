@@ -77,11 +77,11 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_page_has_commands_files_and_examples(followed: Any) -> None:
-    assert {"pip install -e .", "pytest", "python train.py", "torchplug plugins -v"} <= set(followed.outputs)
+    assert {"pip install -e . pytest", "pytest", "python train.py", "torchplug plugins -v"} <= set(followed.outputs)
     assert [name for kind, name, _ in steps() if kind == "file"] == [
         "torchplug_smooth_loss.py", "tests/test_smooth_loss.py", "README.md", "train.py",
     ]  # fmt: skip
-    assert followed.examples == 2
+    assert followed.examples == 4
 
 
 def test_the_tests_of_the_package_pass_before_the_edit_and_after(followed: Any) -> None:

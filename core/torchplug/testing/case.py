@@ -19,16 +19,19 @@ from torchplug.hookspecs import hookimpl
 from torchplug.plugins import build
 from torchplug.run import Run
 from torchplug.testing.faults import PATIENCE, Faults, impatient
-from torchplug.testing.stored import Read, Value, differences, named
+from torchplug.testing.stored import Read, Value, differences, folded, named
 from torchplug.testing.subject import NotApplicable, Problems, quiet
 from torchplug.testing.tiny import TinyModule, tiny_trainer
 from torchplug.tracking import Place, deliver, first
 from torchplug.trainer import Trainer
 
-__all__ = ["STEPS", "Case", "Done", "Noisy", "Script", "Watch", "go", "trainer_of"]
+__all__ = ["NEVER", "STEPS", "Case", "Done", "Noisy", "Script", "Watch", "go", "trainer_of"]
 
 BATCHES, EPOCHS = 8, 2
 STEPS = BATCHES * EPOCHS
+
+NEVER = "raise Refused for what can never be stored, or write it in another way"
+SELDOM = "raise only where trying again may help"
 
 Script = Mapping[int, Callable[[Run], Any]]
 """What is done after a step, by its number."""
@@ -120,6 +123,16 @@ class Done:
         """How the logger was switched off, if it was."""
         return next((line for line in self.said if "was switched off: " in line), "")
 
+    @property
+    def undelivered(self) -> str:
+        """Why the backend does not have everything; empty if it was told to finish."""
+        if self.faults.finished:
+            return ""
+        if self.faults.trouble:
+            return f"{self.faults.trouble}, so nothing after it arrived: {NEVER if 'send raised' in self.faults.trouble else SELDOM}"
+        told = next((line for line in self.said if "not everything was delivered" in line), "finish of the backend was not called")
+        return f"{told}: send what is there, then finish"
+
 
 @dataclass
 class Case:
@@ -188,14 +201,13 @@ class Case:
         plugin, faults, watch = self.logger(), faults or Faults(), Watch(script)
         if close_timeout is not None and hasattr(plugin, "close_timeout"):
             plugin.close_timeout = min(close_timeout, plugin.close_timeout)
-        faults.put_into(plugin)
-        trainer = trainer_of(root or self.root(), {self.name: plugin}, watch)
+        trainer = trainer_of(root or self.root(), {self.name: faults.put_into(plugin)}, watch)
         return go(trainer, watch, faults, Noisy(), ckpt_path=start)
 
-    def replay(self, run: Run) -> None:
+    def replay(self, run: Run, faults: Faults) -> None:
         """What ``torchplug replay`` does."""
         assert run.journal is not None
-        plugin = self.logger()
+        plugin = faults.put_into(self.logger())
         deliver(plugin.backend(), Place(run.journal, first(run.journal), run.dir, plugin.folder(run.dir, self.name)))
 
     # ------------------------------------------------------------------ what is wrong
@@ -216,6 +228,21 @@ class Case:
         if status == "finished" and not _equal(done.weights, bare.weights):
             yield "the trained weights are not those of a run without it: touch no module, optimizer, gradient and no random number"
 
+    def judged(
+        self, done: Done, status: str = "finished", *, off: bool = False, wanted: Iterable[Value] | None = None, said: Sequence[str] = ()
+    ) -> Problems:  # fmt: skip
+        """What a run came to, and what was stored of it. Where the cause of all that is missing is known, it is said alone."""
+        yield from self.amiss(done, status, off)
+        if (done.error is not None and status != "failed") or (done.off and not off):
+            return
+        if self.follows and done.undelivered:
+            yield done.undelivered
+            return
+        found = list(self.compare(done.run.dir, done.values if wanted is None else wanted, said))
+        if found and done.faults.trouble:
+            yield f"{done.faults.trouble}; it was tried again: leave nothing half done behind when you raise"
+        yield from found
+
     def compare(self, folder: Path, wanted: Iterable[Value], said: Sequence[str] = ()) -> Problems:
         """How what was stored of the run in ``folder`` differs from what was logged, unless it was ``said`` with the metric's name.
 
@@ -231,9 +258,7 @@ class Case:
         except Exception as error:
             yield f"read({str(folder)!r}) failed with {type(error).__name__}: {error}: was anything stored?"
             return
-        for name, text in differences(wanted, found):
-            if not any(named(name, line) for line in said):
-                yield text
+        yield from folded(each for each in differences(wanted, found) if not any(named(each.name, line) for line in said))
 
 
 def trainer_of(root: Path, *plugins: Any) -> Trainer:

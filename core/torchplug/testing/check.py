@@ -21,6 +21,7 @@ __all__ = ["CHECKS", "Report", "check_plugin"]
 
 CHECKS: tuple[Check, ...] = (
     form.entry_point_and_names_agree,
+    form.it_can_be_built_with_these_options,
     form.hooks_have_their_signatures,
     form.every_option_is_documented,
     form.every_option_is_checked,
@@ -42,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
 # if one of these fails, the others would only tell of it again
 FIRST = (
     form.entry_point_and_names_agree,
+    form.it_can_be_built_with_these_options,
     form.hooks_have_their_signatures,
     training.parameters_are_finite,
     manners.global_state_is_put_back,
@@ -60,6 +62,7 @@ class Report:
         notes: what else is worth knowing.
         cost: microseconds that it adds to a training step; None if that was not measured.
         bare: microseconds of the same step without it.
+        noise: microseconds by which bare steps differ; a cost below that is 0.
     """
 
     plugin: str
@@ -69,13 +72,25 @@ class Report:
     notes: list[str] = field(default_factory=list)
     cost: float | None = None
     bare: float | None = None
+    noise: float | None = None
+
+    def judge(self) -> None:
+        """Prints itself if nothing is wrong.
+
+        Raises:
+            AssertionError: something is.
+        """
+        if self.failed:
+            raise AssertionError(str(self))
+        print(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.plugin}: {len(self.passed)} checks passed"]
+        lines = [f"{self.plugin}: {len(self.passed)} check{'s' * (len(self.passed) != 1)} passed"]
         lines += [f"  does not apply: {check} ({why})" for check, why in self.left_out.items()]
         lines += [f"  note: {note}" for note in self.notes]
         if self.cost is not None:
-            lines.append(f"  costs {self.cost:.1f} us per step (a bare step of the tiny module takes {self.bare:.1f} us)")
+            costs = f"{self.cost:.1f} us per step" if self.cost else f"less than the noise of this machine, {self.noise:.1f} us per step"
+            lines.append(f"  costs {costs} (a bare step of the tiny module takes {self.bare:.1f} us)")
         for check, problems in self.failed.items():
             lines += [f"  FAILED: {check}", *(f"    {problem}" for problem in problems)]
         return "\n".join(lines)
@@ -95,7 +110,7 @@ def check_plugin(name: str, **options: Any) -> Report:
         options: those that it is built with.
 
     Returns:
-        What was checked and what was not, and the cost of a step; it is printed too.
+        What was checked and what was not, and the cost of a step; it is printed too. One that fails is in the error alone.
 
     Raises:
         AssertionError: it lists everything that is wrong, each with what to do.
@@ -107,10 +122,8 @@ def check_plugin(name: str, **options: Any) -> Report:
             for check in CHECKS:
                 if not _checked(check, subject, report):
                     break
-    report.cost, report.bare = subject.cost or (None, None)
-    print(report)
-    if report.failed:
-        raise AssertionError(str(report))
+    report.cost, report.bare, report.noise = subject.cost or (None, None, None)
+    report.judge()
     return report
 
 

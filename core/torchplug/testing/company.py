@@ -20,6 +20,7 @@ from torchplug.options import fields_of
 from torchplug.run import Run
 from torchplug.sharded import whole
 from torchplug.testing.processes import two_ranks
+from torchplug.testing.stored import listed
 from torchplug.testing.subject import SETTINGS, NotApplicable, Practice, Problems, Subject, differences, quiet, result_of
 from torchplug.testing.tiny import tiny_fit
 from torchplug.tracking import Tracker
@@ -43,15 +44,18 @@ def it_works_with_every_other_plugin(subject: Subject) -> Problems:
     others = list(_neighbours(subject))
     if not others:
         raise NotApplicable("no other plugin is installed")
+    bare: tuple[list[Any], dict[str, Any]] = ([], {})  # the neighbours of a run without it, and what came of that
     for where, fit in (("after", lambda named: subject.fit(after=tuple(named))), ("before", lambda named: subject.fit(*named))):
         made = _together(subject, others, fit)
         if made is None:
-            yield from filter(None, (_trouble(other, where, fit) for other in others))
+            yield from _one_by_one(others, where, fit)
             continue
         if not all(bool(torch.isfinite(value).all()) for value in made["weights"].values()):
             yield f"with all other plugins {where} it, parameters are not finite: look at what it does to gradients and weights"
         if subject.observer:
-            for path in list(differences(made, result_of(subject.bare(*others))))[:1]:
+            if bare[0] != others:
+                bare = list(others), result_of(subject.bare(*others))
+            for path in list(differences(made, bare[1]))[:1]:
                 yield f"with all other plugins {where} it, training differs from that without it, in {path}: it must only observe"
 
 
@@ -70,16 +74,19 @@ def _together(subject: Subject, others: list[Any], fit: Callable[[list[Any]], Tr
                 subject.notes.append(f"not together with {next(iter(named[-1]))!r}: {error}")
 
 
-def _trouble(other: Any, where: str, fit: Callable[[list[Any]], Any]) -> str:
-    """What is wrong with one neighbour, empty if nothing is."""
-    try:
-        fit([other])
-    except Exception as error:
-        return (
-            f"with {next(iter(other))!r} {where} it, a run fails with {type(error).__name__}: {error}; say with before and after where it "
-            "must stand, or refuse the other one with a ValueError that names both"
+def _one_by_one(others: list[Any], where: str, fit: Callable[[list[Any]], Any]) -> Problems:
+    """With which neighbours a run fails, by the error."""
+    errors: dict[str, list[str]] = {}
+    for other in others:
+        try:
+            fit([other])
+        except Exception as error:
+            errors.setdefault(f"{type(error).__name__}: {error}", []).append(next(iter(other)))
+    for said, names in errors.items():
+        yield (
+            f"with {listed(names)} {where} it, a run fails with {said}; say with before and after where it must stand, or refuse the "
+            "other one with a ValueError that names both"
         )
-    return ""
 
 
 def _neighbours(subject: Subject) -> Iterator[Any]:

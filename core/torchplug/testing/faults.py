@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torchplug import tracking
-from torchplug.tracking import Backend, Mark, Place, Record
+from torchplug.testing.stored import listed, named
+from torchplug.tracking import Backend, Mark, Place, Record, Refused
 
 __all__ = ["PATIENCE", "Faults", "impatient"]
 
@@ -25,19 +26,32 @@ class Faults:
 
     def __init__(self) -> None:
         self.down = False
+        self.meant = False  # whether what fails now is an outage that the author makes
+        self.trouble = ""  # the first error of the backend itself
+        self.finished = False  # whether everything was sent
         self.raised = 0
         self.pause = 0.0  # seconds for each record
         self.over = threading.Event()  # nothing is slow any more
         self.seen: list[str] = []  # calls of the backend, with the status of finish
         self.times: list[float] = []  # seconds of each call of log_metrics
 
-    def put_into(self, plugin: Any) -> None:
-        """Stands between ``plugin`` and its backend from now on."""
+    def put_into(self, plugin: Any) -> Any:
+        """Stands between ``plugin`` and its backend from now on; returns the plugin."""
         if hasattr(plugin, "backend"):
             make = plugin.backend
-            plugin.backend = lambda: _Between(make(), self)
-            return
-        plugin.log_metrics = self._around(plugin.log_metrics)
+            plugin.backend = lambda: self.between(make())
+        else:
+            plugin.log_metrics = self._around(plugin.log_metrics)
+        return plugin
+
+    def between(self, backend: Backend) -> Backend:
+        """A backend that fails as this says, and whose own errors are noted."""
+        return _Between(backend, self)
+
+    def note(self, method: str, error: Exception, records: Sequence[Record] = ()) -> None:
+        """Keeps the first error that was not made on purpose."""
+        if not (self.trouble or self.meant):
+            self.trouble = f"{method} raised {type(error).__name__}: {error}{_culprits(error, records)}"
 
     def _around(self, method: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(method)
@@ -62,6 +76,19 @@ class Faults:
             time.sleep(0.005)
 
 
+def _culprits(error: Exception, records: Sequence[Record]) -> str:
+    """On which metrics an error came up: those that it speaks of, or else all of them."""
+    names = list(dict.fromkeys(name for record in records if record["event"] == "log_metrics" for name in record["metrics"]))
+    if isinstance(error, UnicodeError):
+        bad = getattr(error, "object", "")[getattr(error, "start", 0) : getattr(error, "end", 0)]
+        told = [name for name in names if isinstance(bad, str) and bad and bad in name]
+    else:
+        told = [name for name in names if named(name, str(error))]
+    if names:
+        return f" on a record with {listed(told or names)}"
+    return f" on a record of {records[0]['event']}" if len(records) == 1 else ""
+
+
 class _Between:
     """A backend with faults in front of it, and behind it: what was stored may be answered with an error too."""
 
@@ -72,25 +99,46 @@ class _Between:
         return getattr(self._backend, name)
 
     def connect(self, place: Place) -> list[Mark]:
+        self._faults.finished = False
         if self._faults.raised % 2:  # every other time it is reached, and fails later
             self._faults.fail()
-        return self._backend.connect(place)
+        with self._noted("connect"):
+            return self._backend.connect(place)
+
+    def go_back(self, mark: Mark) -> None:
+        with self._noted("go_back"):
+            self._backend.go_back(mark)
 
     def send(self, records: Sequence[Record], mark: Mark) -> None:
         self._faults.over.wait(self._faults.pause * len(records))
         if self._faults.raised:
             self._faults.fail()
-        self._backend.send(records, mark)
+        with self._noted("send", records):
+            self._backend.send(records, mark)
         self._faults.fail()  # the first time: it is stored, and the answer is lost
 
     def finish(self, status: str) -> None:
         self._faults.seen.append(f"finish {status}")
         self._faults.fail()
-        self._backend.finish(status)
+        with self._noted("finish"):
+            self._backend.finish(status)
+        self._faults.finished = True
 
     def close(self) -> None:
         self._faults.seen.append("close")
-        self._backend.close()
+        with self._noted("close"):
+            self._backend.close()
+
+    @contextmanager
+    def _noted(self, method: str, records: Sequence[Record] = ()) -> Iterator[None]:
+        """Inside, a method of the backend is called."""
+        try:
+            yield
+        except Refused:
+            raise
+        except Exception as error:
+            self._faults.note(method, error, records)
+            raise
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 
 from torchplug.discovery import GROUP, Found, PluginError, scan
 from torchplug.options import fields_of
-from torchplug.plugins import order
+from torchplug.plugins import _build_one, build, order
 from torchplug.testing.subject import NotApplicable, Problems, Subject
+from torchplug.testing.tiny import tiny_trainer
 
 __all__ = [
     "built_twice_it_is_two_objects",
@@ -24,6 +25,7 @@ __all__ = [
     "every_option_is_checked",
     "every_option_is_documented",
     "hooks_have_their_signatures",
+    "it_can_be_built_with_these_options",
     "it_goes_to_other_processes",
 ]
 
@@ -60,6 +62,15 @@ def _plain(distribution: str) -> str:
 def _brought_by(found: Found) -> list[str]:
     """The plugins of the package that brings this one."""
     return [each.name for each in scan(GROUP)[0] if each.folder == found.folder]
+
+
+def it_can_be_built_with_these_options(subject: Subject) -> Problems:
+    """Its options are known, of their types, and all that are required."""
+    if subject.bundle:
+        build([{subject.name: dict(subject.options)}])
+    else:
+        _build_one(subject.name, subject.found, subject.target, dict(subject.options))  # whether it has hooks is looked at later
+    yield from ()
 
 
 def hooks_have_their_signatures(subject: Subject) -> Problems:
@@ -109,7 +120,7 @@ class _Wrong:
 
 
 def every_option_is_checked(subject: Subject) -> Problems:
-    """A value of a wrong type is refused when the plugin is built, by an error that names the option."""
+    """A value of a wrong type is refused when a Trainer is made with it, by an error that names the option."""
     subject.one_class()
     if not fields_of(subject.target):
         raise NotApplicable("it has no options")
@@ -120,9 +131,9 @@ def every_option_is_checked(subject: Subject) -> Problems:
             continue
         advice = f"give {option.name} a type that can be checked, or check it in __post_init__"
         try:
-            subject.build(**{option.name: _Wrong()})
+            tiny_trainer({subject.name: {**subject.options, option.name: _Wrong()}}, root_dir=subject.folder)
         except PluginError as error:
-            if option.name not in str(error):
+            if not re.search(rf"\b{option.name}\b", str(error).removeprefix(subject.found.label)):
                 yield f"option {option.name!r} of a wrong type is refused without its name ({error}): name it in the message"
         except Exception as error:
             yield f"option {option.name!r} of a wrong type ends in {type(error).__name__}: {error}; {advice}, before it is used"

@@ -45,8 +45,7 @@ ODD = (
 def values_arrive_once_at_their_step(case: Case) -> Problems:
     """Every value arrives once, at its step, and the run is the same as without the logger."""
     done = case.fit()
-    yield from case.amiss(done)
-    yield from case.compare(done.run.dir, done.values)
+    yield from case.judged(done)
 
 
 def odd_names_arrive(case: Case) -> Problems:
@@ -58,8 +57,7 @@ def odd_names_arrive(case: Case) -> Problems:
             run.log(name, run.position.step + number / 64)
 
     done = case.fit({3: log, 5: log})
-    yield from case.amiss(done)
-    yield from case.compare(done.run.dir, done.values, done.said)
+    yield from case.judged(done, said=done.said)
 
 
 def numbers_that_are_not_finite_arrive(case: Case) -> Problems:
@@ -71,8 +69,7 @@ def numbers_that_are_not_finite_arrive(case: Case) -> Problems:
             run.log(name, value)
 
     done = case.fit({3: log, 5: lambda run: run.log("nan", 0.5)})
-    yield from case.amiss(done)
-    yield from case.compare(done.run.dir, done.values, done.said)
+    yield from case.judged(done, said=done.said)
 
 
 def empty_and_large_records_arrive(case: Case) -> Problems:
@@ -87,8 +84,7 @@ def empty_and_large_records_arrive(case: Case) -> Problems:
             run.log(f"many/{number}", number / 64)
 
     done = case.fit({3: log_nothing, 5: log_much})
-    yield from case.amiss(done)
-    yield from case.compare(done.run.dir, done.values)
+    yield from case.judged(done)
 
 
 # ---------------------------------------------------------------------- runs that go on
@@ -136,35 +132,31 @@ def _broken_off(root: Path, end: Callable[[Run], None]) -> Script:
 def _gone_on(case: Case, root: Path) -> Problems:
     """The second half, and what is stored of both."""
     second = case.fit(root=root, start=root / "saved.safetensors")
-    yield from case.amiss(second)
-    yield from case.compare(second.run.dir, case.whole.values)
+    yield from case.judged(second, wanted=case.whole.values)
 
 
 def fits_of_two_modules_stay_apart(case: Case) -> Problems:
     """A logger that is used for a fit, the same fit with more epochs, and the fit of another module: two runs that know nothing of each
     other."""
-    watch = Watch()
-    trainer, module = trainer_of(case.root(), {case.name: case.logger()}, watch), Noisy()
+    watch, faults = Watch(), Faults()
+    trainer, module = trainer_of(case.root(), {case.name: faults.put_into(case.logger())}, watch), Noisy()
     trainer.max_epochs = 1
-    go(trainer, watch, Faults(), module)
+    go(trainer, watch, faults, module)
     trainer.max_epochs = 2
-    first = go(trainer, watch, Faults(), module)
+    first = go(trainer, watch, faults, module)
     folder = first.run.dir
-    yield from case.amiss(first)
-    second = go(trainer, watch, Faults(), Noisy())
-    yield from case.amiss(second)
-    for each in (folder, second.run.dir):
-        yield from case.compare(each, watch.runs[each])
+    troubles = list(case.judged(first))
+    yield from troubles
+    yield from case.judged(go(trainer, watch, faults, Noisy()))
+    yield from case.compare(folder, watch.runs[folder]) if not troubles else ()  # the second must leave it as it was
 
 
 def a_test_after_a_fit_is_added_to_it(case: Case) -> Problems:
     """A test after a fit goes on where that ended: its values arrive, and those of the fit stay."""
-    watch, module = Watch(), Noisy()
-    trainer = trainer_of(case.root(), {case.name: case.logger()}, watch)
-    yield from case.amiss(go(trainer, watch, Faults(), module))
-    tested = go(trainer, watch, Faults(), module, "test")
-    yield from case.amiss(tested)
-    yield from case.compare(tested.run.dir, tested.values)
+    watch, module, faults = Watch(), Noisy(), Faults()
+    trainer = trainer_of(case.root(), {case.name: faults.put_into(case.logger())}, watch)
+    yield from case.amiss(go(trainer, watch, faults, module))
+    yield from case.judged(go(trainer, watch, faults, module, "test"))
 
 
 def an_error_in_training_closes_it_as_failed(case: Case) -> Problems:
@@ -175,14 +167,13 @@ def an_error_in_training_closes_it_as_failed(case: Case) -> Problems:
         raise error
 
     done = case.fit({ENDED: fail})
-    yield from case.amiss(done, "failed")
     if done.error is not error:
         yield f"the run ended with {done.error!r} in place of the error of training: let no exception out of on_fit_end and on_run_end"
     if case.follows and done.faults.seen[-2:] != ["finish failed", "close"]:
         seen = ", ".join(done.faults.seen[-2:]) or "nothing"
         yield f"its backend was told {seen} at the end, not to finish as failed and to close: call Tracker's on_run_end with the status"
     yield from (f"{path} is still open after the run: close it when the run ends" for path in _open_files(done.run.dir))
-    yield from case.compare(done.run.dir, done.values)
+    yield from case.judged(done, "failed")
 
 
 def _open_files(folder: Path) -> Problems:
@@ -198,15 +189,21 @@ def _open_files(folder: Path) -> Problems:
 
 def two_ranks_write_once(case: Case) -> Problems:
     """In a run of two processes every value is there once, and training is what it is without the logger."""
-    (problems, folder, logged), (others, *_) = two_ranks(_take_part, case.elsewhere, case.root(), timeout=120)
+    (problems, folder, logged, undelivered), (others, *_) = two_ranks(_take_part, case.elsewhere, case.root(), timeout=120)
     yield from problems
     yield from (f"rank 1: {problem}" for problem in others)
-    yield from case.compare(folder, logged)
+    if undelivered:
+        yield undelivered
+    elif not problems:
+        yield from case.compare(folder, logged)
 
 
-def _take_part(case: Case, root: Path) -> tuple[list[str], Path, list[Value]]:
+def _take_part(case: Case, root: Path) -> tuple[list[str], Path, list[Value], str]:
     """What a rank does: a run without the logger, and one with it."""
     watches = [Watch(), Watch()]
     bare = go(trainer_of(root, Ranks(timeout="60s"), watches[0]), watches[0], Faults(), Noisy())
-    done = go(trainer_of(root, Ranks(timeout="60s"), {case.name: case.logger()}, watches[1]), watches[1], Faults(), Noisy())
-    return list(case.amiss(done, bare=bare)), done.run.dir, done.values
+    faults = Faults()
+    trainer = trainer_of(root, Ranks(timeout="60s"), {case.name: faults.put_into(case.logger())}, watches[1])
+    done = go(trainer, watches[1], faults, Noisy())
+    problems = list(case.amiss(done, bare=bare))
+    return problems, done.run.dir, done.values, done.undelivered if case.follows and not problems else ""

@@ -191,7 +191,8 @@ class _Clock:
 
 
 def a_step_costs(subject: Subject) -> Problems:
-    """What it adds to a step is measured, side by side with a bare run: the medians over windows of steps."""
+    """What it adds to a step is measured, side by side with a bare run: the medians over windows of steps. It is nothing where it is less
+    than what lies between the quartiles of the bare windows."""
     subject.one_process()
     found: dict[str, list[float]] = {"bare": [], "own": []}
     for _ in range(ROUNDS):
@@ -202,5 +203,7 @@ def a_step_costs(subject: Subject) -> Problems:
     if not found["own"]:
         raise NotApplicable(f"with these options the run has no {2 * WINDOW} batches")
     bare, own = (1e6 * statistics.median(found[name]) for name in ("bare", "own"))
-    subject.cost = own - bare, bare
+    first, _, third = statistics.quantiles(found["bare"], n=4)
+    noise = 1e6 * (third - first)
+    subject.cost = own - bare if own - bare > noise else 0.0, bare, noise
     yield from ()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from torchplug.run import Run
-from torchplug.testing.case import STEPS, Case, Done
+from torchplug.testing.case import NEVER, STEPS, Case, Done
 from torchplug.testing.faults import Faults
 from torchplug.testing.subject import Problems
 
@@ -35,13 +35,11 @@ def an_outage_loses_nothing(case: Case) -> Problems:
         def end(run: Run) -> None:
             faults.down = False
             stack.close()
+            faults.meant = False
 
         done = case.fit({DOWN: begin, DOWN + 2: wait(2), DOWN + 4: wait(3), UP: end}, faults=faults)
-    yield from case.amiss(done, off=not case.follows)
-    if done.off:
-        yield from case.compare(done.run.dir, [point for point in done.values if point[1] < DOWN], done.said)
-    else:
-        yield from case.compare(done.run.dir, done.values)
+    before = [point for point in done.values if point[1] < DOWN]
+    yield from case.judged(done, off=not case.follows, wanted=before if done.off else None, said=done.said if done.off else ())
 
 
 def an_outage_to_the_end_is_said_and_made_up_for(case: Case) -> Problems:
@@ -85,6 +83,7 @@ def training_waits_for_no_slow_backend(case: Case) -> Problems:
 def _cut(case: Case, faults: Faults, stack: ExitStack) -> None:
     """From now on what the logger writes to fails, as the author says or in front of its backend."""
     if case.outage is not None:
+        faults.meant = True
         stack.enter_context(case.outage())
     else:
         faults.down = True
@@ -93,9 +92,12 @@ def _cut(case: Case, faults: Faults, stack: ExitStack) -> None:
 def _replayed(case: Case, done: Done) -> Problems:
     """The journal has everything; sent from there, twice, it is there once."""
     for _ in range(2):
+        faults = Faults()
         try:
-            case.replay(done.run)
+            case.replay(done.run, faults)
         except Exception as error:
-            yield f"torchplug replay failed with {type(error).__name__}: {error}: connect must go on where an earlier process ended"
+            told = faults.trouble or f"it raised {type(error).__name__}: {error}"
+            advice = NEVER if told.startswith("send") else "connect must go on where an earlier process ended"
+            yield f"torchplug replay failed: {told}: {advice}"
             return
     yield from case.compare(done.run.dir, done.values)

@@ -96,7 +96,7 @@ class Subject:
         options: those that it is built with.
         folder: where its runs may write; it goes away afterwards.
         notes: what checks want to say besides what is wrong.
-        cost: microseconds that it adds to a step, and those of a bare step.
+        cost: microseconds that it adds to a step, those of a bare step, and by how much bare steps differ.
         left: what its first run left changed in the process.
     """
 
@@ -104,7 +104,7 @@ class Subject:
     options: Mapping[str, Any]
     folder: Path
     notes: list[str] = field(default_factory=list)
-    cost: tuple[float, float] | None = None
+    cost: tuple[float, float, float] | None = None
     left: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
