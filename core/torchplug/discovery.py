@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from functools import cached_property, reduce
+from contextlib import suppress
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torchplug
@@ -212,33 +213,36 @@ def scan(group: str) -> tuple[list[Found], list[str]]:
 
 
 def _packages() -> Iterator[str]:
-    """The metadata folders of all packages; what comes first on the path hides others of its name."""
+    """The metadata folders of packages for torchplug; what comes first on the path hides others of its name."""
     seen: set[str] = set()
     for place in dict.fromkeys(sys.path):
         try:
-            names = sorted(os.listdir(place or "."))
+            keys, packages = _in(place or ".", os.stat(place or ".").st_mtime_ns)
         except OSError:  # an archive, or not there
             continue
-        here = set()
-        for name in names:
-            stem, ending = os.path.splitext(name)
-            if ending in METADATA:
-                key = _key(stem.partition("-")[0])
-                here.add(key)
-                if key not in seen:
-                    yield os.path.join(place, name)
-        seen |= here
+        yield from (folder for key, folder in packages if key not in seen)
+        seen |= keys
+
+
+@lru_cache(maxsize=200)
+def _in(place: str, changed: int) -> tuple[frozenset[str], tuple[tuple[str, str], ...]]:
+    """The names of all packages in a folder, and those that speak of torchplug; read again when the folder has ``changed``."""
+    keys, packages = set(), list[tuple[str, str]]()
+    for name in sorted(os.listdir(place)):
+        stem, ending = os.path.splitext(name)
+        if ending not in METADATA:
+            continue
+        keys.add(key := _key(stem.partition("-")[0]))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder = os.path.join(place, name)
+            if GROUP.encode() in _content(folder, "entry_points.txt"):
+                packages.append((key, folder))
+    return frozenset(keys), tuple(packages)
 
 
 def _entries(folder: str, group: str) -> Iterator[Found]:
-    try:
-        content = _content(folder, "entry_points.txt")
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if group.encode() not in content:
-        return
     inside = False
-    for line in map(str.strip, content.decode().splitlines()):
+    for line in map(str.strip, _content(folder, "entry_points.txt").decode().splitlines()):
         if line.startswith("["):
             inside = line == f"[{group}]"
         elif inside and line and not line.startswith(("#", ";")):

@@ -7,13 +7,13 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+import torchplug
 from torchplug.blame import add_note
 from torchplug.checkpoint import plain
 from torchplug.data import move
@@ -81,11 +81,7 @@ def _of_all_ranks(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def versions() -> dict[str, str]:
     """The versions that a run's results depend on first of all."""
-    try:
-        own = version("torchplug")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": own}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchplug": torchplug.__version__}
 
 
 def _data(run: Run) -> dict[str, Any]:
