@@ -30,6 +30,7 @@ class Faults:
         self.trouble = ""  # the first error of the backend itself
         self.finished = False  # whether everything was sent
         self.raised = 0
+        self.stored = 0  # records of metrics that the backend took
         self.pause = 0.0  # seconds for each record
         self.over = threading.Event()  # nothing is slow any more
         self.seen: list[str] = []  # calls of the backend, with the status of finish
@@ -68,6 +69,12 @@ class Faults:
         if self.down:
             self.raised += 1
             raise ConnectionError("check_logger has cut the connection")
+
+    def wait_for_metrics(self) -> None:
+        """Waits until some were stored: an outage before that has nothing to lose."""
+        end = time.monotonic() + PATIENCE / 5
+        while not self.stored and time.monotonic() < end:
+            time.sleep(0.005)
 
     def wait_for(self, count: int) -> None:
         """Waits until it has raised so often."""
@@ -115,6 +122,7 @@ class _Between:
             self._faults.fail()
         with self._noted("send", records):
             self._backend.send(records, mark)
+        self._faults.stored += sum(record["event"] == "log_metrics" for record in records)
         self._faults.fail()  # the first time: it is stored, and the answer is lost
 
     def finish(self, status: str) -> None:

@@ -26,6 +26,8 @@ def an_outage_loses_nothing(case: Case) -> Problems:
     with ExitStack() as stack:
 
         def begin(run: Run) -> None:
+            if case.follows:
+                faults.wait_for_metrics()
             _cut(case, faults, stack)
 
         def wait(count: int) -> Callable[[Run], None]:
