@@ -294,7 +294,9 @@ class Events:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         if self._file is None:
-            path = self.folder / f"events.out.tfevents.{int(time)}.{platform.node()}.{os.getpid()}.{len(self._files())}{self.suffix}"
+            # TensorBoard reads files in the order of their names
+            second = max([int(time), *(_second(name) + 1 for name in self._files())])
+            path = self.folder / f"events.out.tfevents.{second:010}.{platform.node()}.{os.getpid()}.0{self.suffix}"
             self._file = open(path, "xb")  # noqa: SIM115 - close does it
             self._record = RecordWriter(self._file)
             self._record.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
@@ -322,6 +324,11 @@ def _sizes(folder: Path, suffix: str) -> dict[str, int]:
     """The event files of a run with their bytes, whichever process wrote them; those of other runs in this folder not."""
     found = folder.rglob(f"*tfevents*{suffix}")
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
+
+
+def _second(name: str) -> int:
+    """When an event file was begun, by its name."""
+    return int(name.partition("tfevents.")[2].partition(".")[0])
 
 
 def _events(path: Path) -> Iterator[tuple[int, float]]:

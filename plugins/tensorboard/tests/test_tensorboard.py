@@ -112,6 +112,17 @@ def test_scalars_are_the_records_of_every_other_logger_at_their_steps(tmp_path):
     assert [step for step, _ in expected["val/loss"]] == [step for step, _ in expected["loss_epoch"]] == [3, 6]
 
 
+def test_files_begun_in_one_second_are_read_in_the_order_in_which_they_were_written(tmp_path, monkeypatch):
+    """TensorBoard reads them in the order of their names, in which the number of a later process may be the smaller one."""
+    t, net, pid = trainer(tmp_path), Net(), os.getpid()
+    t.fit(net, loader(), loader())
+    for number in range(3):
+        monkeypatch.setattr(os, "getpid", lambda number=number: pid - 1 - number)
+        t.test(net, loader())
+    files = sorted((t.run.dir / "tensorboard").glob("*tfevents*"))
+    assert [file.name.split(".")[-3] for file in files] == [str(pid - number) for number in range(4)]
+
+
 @pytest.mark.slow
 def test_it_keeps_every_promise_of_a_logger():
     def stored(run_dir):
