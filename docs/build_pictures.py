@@ -1,6 +1,6 @@
-"""Makes the pictures of the documentation: a small run, as TensorBoard and MLflow show it.
+"""Makes the pictures of the documentation: a small run, as a terminal, TensorBoard and MLflow show it.
 
-python docs/build_pictures.py    # writes docs/pictures/tensorboard.png and docs/pictures/mlflow.png
+python docs/build_pictures.py    # writes docs/pictures/progress.svg, tensorboard.png and mlflow.png
 
 It needs what requirements-dev.txt installs, and Debian's packages chromium and chromium-driver. The tests in
 tests/slow/test_browser.py start servers and browser with the functions of this file.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,9 +22,13 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.live import Live
+from rich.terminal_theme import DIMMED_MONOKAI
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -32,7 +37,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from torchplug import Module, Run, Trainer, seed_everything
+import torchplug_progress
+from torchplug import Module, Run, Trainer, hookimpl, seed_everything
 
 PICTURES = Path(__file__).parent / "pictures"
 METRICS = ("train/accuracy", "train/loss", "val/accuracy", "val/loss")
@@ -52,7 +58,7 @@ class Digits(Module):
         images, labels = batch
         logits = self.layers(images)
         loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss)
+        self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/accuracy", (logits.argmax(1) == labels).float().mean())
         return loss
 
@@ -66,17 +72,65 @@ class Digits(Module):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
 
 
-def train(folder: Path, tracking_uri: str) -> Run:
-    """A run of `Digits` with its files in ``folder``, in TensorBoard and in MLflow."""
+def train(folder: Path, plugins: list[Any], max_epochs: int = 15) -> Run:
+    """A run of `Digits` with its files in ``folder``."""
     seed_everything(1)
     digits = load_digits()
     dataset = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
     train, val = random_split(dataset, [1397, 400])
-    plugins = ["tensorboard", {"mlflow": {"tracking_uri": tracking_uri}}]
-    trainer = Trainer(max_epochs=15, log_every_n_steps=10, root_dir=folder, accelerator="cpu", plugins=plugins)
+    trainer = Trainer(max_epochs=max_epochs, log_every_n_steps=10, root_dir=folder, accelerator="cpu", plugins=plugins)
     trainer.fit(Digits(), DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=400))
     assert trainer.run is not None
     return trainer.run
+
+
+# ---------------------------------------------------------------------- the terminal
+
+
+class Terminal(Console):
+    """A terminal of 64 columns, which fits a phone, that remembers what was written and what its bars are."""
+
+    made: list[Terminal] = []  # noqa: RUF012
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(file=io.StringIO(), force_terminal=True, force_interactive=True, width=64, record=True)
+        self.live: Live | None = None
+        self.made.append(self)
+
+    def set_live(self, live: Live) -> bool:
+        self.live = live
+        return super().set_live(live)
+
+    def picture(self) -> str:
+        """The lines that stay, and the bars below them, as an SVG that fetches no fonts."""
+        assert self.live is not None
+        lines = re.findall(r"epoch \d+/\d+: .*", self.export_text(clear=False))
+        shown = Console(file=io.StringIO(), force_terminal=True, width=self.width, record=True)
+        for line in lines:
+            shown.print(line, highlight=False)
+        shown.print(self.live.get_renderable())
+        picture = shown.export_svg(title="trainer.fit(Digits(), train, val)", theme=DIMMED_MONOKAI)
+        return re.sub(r"\s*@font-face \{.*?\}|<!--.*?-->", "", picture, flags=re.DOTALL)
+
+
+def progress(folder: Path) -> str:
+    """The display in the middle of the fourth epoch of a run of `Digits`."""
+    pictures: list[str] = []
+    real = torchplug_progress.Console
+
+    class Camera:
+        @hookimpl
+        def on_train_batch_end(self, run: Run) -> None:
+            time.sleep(0.01)  # so that a person could watch it, and the display is drawn
+            if (run.position.epoch, run.position.batch) == (3, 26):
+                pictures.append(Terminal.made[-1].picture())
+
+    torchplug_progress.Console = Terminal  # type: ignore[misc]
+    try:
+        train(folder, ["progress", Camera()], max_epochs=4)
+    finally:
+        torchplug_progress.Console = real  # type: ignore[misc]
+    return pictures[0]
 
 
 # ---------------------------------------------------------------------- the servers
@@ -212,8 +266,9 @@ def save(page: Chrome, path: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, browser() as page:
         folder = Path(name)
+        (PICTURES / "progress.svg").write_text(progress(folder / "shown"), encoding="utf-8")
         with mlflow(folder) as address:
-            run = train(folder / "runs", address)
+            run = train(folder / "runs", ["tensorboard", {"mlflow": {"tracking_uri": address}}])
             page.set_window_size(1200, 1205)  # the charts are higher than TensorBoard's
             show(page, run_page(run), METRICS)
             # what covers the curves: the panel of an assistant, and the tools of each chart

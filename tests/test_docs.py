@@ -312,16 +312,33 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_example_the_resume_and_the_plugin_of_the_readme_run_as_they_stand(tmp_path, programs):
-    example, resume, plugin = blocks(ROOT / "README.md", "python")
+def without_figures(text: str) -> str:
+    return re.sub(r"[\d.]+(e-\d+)?", "#", text)
+
+
+def test_the_example_the_plugin_and_the_resume_of_the_readme_run_as_they_stand_and_print_what_it_says(tmp_path, programs):
+    example, plugin, resume = blocks(ROOT / "README.md", "python")
     went_on = "\nassert trainer.run.position.epoch == 8 and trainer.run.dir.name == 'version_0', trainer.run\n"
-    code = example + resume + went_on + plugin + "\nTrainer(max_epochs=3, plugins=[LossPrinter()]).fit(Line(), data)\n"
-    done = programs.run(code, cwd=tmp_path)
+    used = "Trainer(max_epochs=3, plugins=[LossPrinter(every=2)]).fit(Line(), data)\n"
+    assert (
+        len([line for line in example.splitlines() if line.strip()]) == 20 and len([li for li in plugin.splitlines() if li.strip()]) <= 15
+    )
+    done = programs.run(f"{example}import sys; sys.stderr.write('END\\n')\n{plugin}{resume}{went_on}{used}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    printed = [line.split() for line in done.stdout.splitlines() if re.match(r"\d \d", line)]
-    assert [row[0] for row in printed[-3:]] == ["0", "1", "2"]
-    assert float(printed[-1][1]) < float(printed[-3][1])
+    printed, said = done.stderr.partition("END\n")[0], blocks(ROOT / "README.md", "text")[0]
+    assert without_figures(printed) == without_figures(said)
+    losses, shown = (re.findall(r"train_loss(?:_step)? ([\d.]+)", text) for text in (printed, said))
+    assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in shown], rel=0.02)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["1"]
     assert (tmp_path / "runs/Line/version_0/checkpoints/last.safetensors").exists()
+
+
+def test_the_loop_of_the_readme_has_hooks_in_the_order_of_the_contract():
+    drawn = blocks(ROOT / "README.md", "text")[1]
+    hooks = [word for word in re.findall(r"\w+", drawn) if word in PARAMETERS]
+    assert len(hooks) >= 20
+    assert hooks == [hook for hook in PARAMETERS if hook in hooks]
+    assert max(map(len, drawn.splitlines())) <= 60, "a phone shows no more"
 
 
 def test_the_logger_that_the_docs_show_logs(tmp_path, programs):
@@ -345,7 +362,8 @@ def test_links_lead_to_files_that_exist(page):
 def test_the_readme_names_every_plugin_and_its_install_line():
     text = (ROOT / "README.md").read_text()
     for folder in sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists()):
-        assert f"| `{folder}` | `pip install torchplug-{folder.replace('_', '-')}` |" in text
+        row = rf"^\| \[`{folder}`\]\(plugins/{folder}/README.md\) \| .+ \| `pip install torchplug-{folder.replace('_', '-')}` \|$"
+        assert re.search(row, text, re.MULTILINE), folder
 
 
 def test_the_readme_has_the_two_commands_that_ci_runs():

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torchplug
+from torchplug.discovery import find
+from torchplug.members import PARAMETERS
 
 CORE = Path(torchplug.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -92,6 +94,26 @@ def test_every_module_imports_from_earlier_layers_alone() -> None:
             other = name.partition(".")[2].split(".")[0] or "__init__"
             other = other if other in layer else "__init__"
             assert layer[other] < layer[module] or other == module == "testing", f"{module} imports {other}"
+
+
+def test_the_page_of_the_architecture_has_the_same_modules_in_the_same_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Who may import whom")[2]
+    rows = [cells.split("|")[2] for cells in page.splitlines() if cells.startswith("| ")][1:]
+    said = [set(re.findall(r"`(\w+)`", part)) for row in rows for part in row.split(", then ")]
+    contract, tools, *others = said
+    assert [contract | tools, *others] == LAYERS[1:-1]
+
+
+def test_the_page_of_the_architecture_walks_through_the_hooks_of_a_batch_in_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*?\|(.*)\|$", page.partition("## One batch")[2].partition("\n## ")[0], re.MULTILINE)
+    walked = [hook for hook, _ in rows]
+    assert walked == [hook for hook in PARAMETERS if hook in walked] and {"move_batch", "train_step", "zero_grad"} <= set(walked)
+    first, last = (list(PARAMETERS).index(hook) for hook in ("move_batch", "on_train_batch_end"))
+    assert set(walked) == set(list(PARAMETERS)[first : last + 1])
+    for hook, cell in rows:
+        for name in re.findall(r"`(\w+)`", cell):
+            assert hasattr(getattr(find(name).load(), hook), "torchplug_impl"), f"{name} has no {hook}"
 
 
 def test_the_loop_gets_a_run_and_never_the_trainer() -> None:

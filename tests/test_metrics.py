@@ -350,6 +350,20 @@ def test_every_hook_can_log(logging_in: Any) -> None:
     assert [len(records.of(name)) for name in ("on_train_batch_end", "on_validation_batch_end", "on_train_epoch_end")] == [4, 2, 2]
 
 
+def test_a_value_logged_when_the_fit_ends_reaches_the_loggers_unless_the_fit_goes_on_later(logging_in: Any) -> None:
+    trainer, records = logging_in(on_fit_end=lambda self: self.log("late", 1.5))
+    assert records.of("late") == [(trainer.run.position.step, 1.5)] and records.all[-1][1] == "train"
+
+    class Signalled(Records):
+        @hookimpl
+        def on_train_batch_end(self, run: Any) -> None:
+            run.interrupt("SIGUSR1")
+
+    with pytest.raises(SystemExit):
+        logging_in(on_fit_end=lambda self: self.log("late", 1.5), plugins=[signalled := Signalled()])
+    assert signalled.of("late") == []
+
+
 def test_values_logged_in_epoch_hooks_are_recorded_once_with_their_epoch(logging_in: Any) -> None:
     _made, records = logging_in(
         on_train_epoch_end=lambda self: self.log("end", 10.0 * self.current_epoch),

@@ -44,6 +44,7 @@ An implementation names only the arguments it wants. The picture of a run::
       on_train_end
       [log_metrics]
       on_fit_end                                   always, also after an error
+      [log_metrics]
     teardown                                       always, in reverse order
     on_run_end                                     always, in reverse order
 
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     from torchplug.optimizers import Scheduler
     from torchplug.run import Run
 
-__all__ = ["Hooks", "hookimpl"]
+__all__ = ["SPECS", "Hooks", "hookimpl"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -466,3 +467,6 @@ class Hooks:
     @closing
     def on_run_end(self, run: Run, status: str) -> None:
         """Always, last: loggers close; ``status`` is finished, stopped, interrupted or failed. Since 0.1."""
+
+
+SPECS = {name: spec for name, spec in vars(Hooks).items() if hasattr(spec, "torchplug_spec")}

@@ -59,6 +59,8 @@ def conduct(run: Run, hooks: Hooks, members: Iterable[Member], work: Callable[[]
         told(hooks.on_exception, error)
     if run.work == "fit":
         failure = told(hooks.on_fit_end, failure)
+        if failure is None and not run.interrupted:
+            failure = told(lambda run: _record(run, hooks, run.metrics.record()))
     failure = told(hooks.teardown, run.purpose)
     failure = told(hooks.on_run_end, _status(run, failure))
     try:
@@ -345,7 +347,7 @@ def _record(run: Run, hooks: Hooks, metrics: dict[str, float]) -> None:
     """Hands values to the loggers, if there are any."""
     if metrics and run.rank == 0:
         where = run.position
-        hooks.log_metrics(run, metrics, where.stage, where.step, where.epoch, where.samples, run.seconds)
+        hooks.log_metrics(run, metrics, where.stage or "train", where.step, where.epoch, where.samples, run.seconds)
 
 
 # ---------------------------------------------------------------------- validate, test, predict

@@ -289,7 +289,7 @@ class Metrics:
             RuntimeError: ranks that had batches logged different metrics.
         """
         for series in self._pass.by_loader:
-            mine = {name: {**each.part(), "size": self._weight()} for name, each in series.items() if not each.options[6]}
+            mine = {name: {**each.part(), "size": self._weight()} for name, each in series.items() if not each.alone}
             parts = agreement.gather(mine)
             filled = [part for part in parts if part]
             if any(part.keys() != filled[0].keys() for part in filled):
@@ -321,7 +321,7 @@ class Metrics:
             found.append((name, value, series))
         values = [value for _, value, _ in found]
         if together and self.agreement is not None:
-            shared = [i for i, (_, _, series) in enumerate(found) if not series.options[6]]  # what rank 0 alone logs stays its own
+            shared = [i for i, (_, _, series) in enumerate(found) if not series.alone]  # what rank 0 alone logs stays its own
             means = self._mean([found[i][0] for i in shared], [values[i] for i in shared])
             for i, mean in zip(shared, means, strict=True):
                 values[i] = mean

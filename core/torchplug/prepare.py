@@ -15,11 +15,12 @@ from torch import Tensor
 
 from torchplug.blame import add_note
 from torchplug.data import IN_WORDS, LOADERS, DataModule, length, limited
+from torchplug.loaders import exact, explained
 from torchplug.loop import update
 from torchplug.module import Module, check_names, defines
 from torchplug.optimizers import ManualOptimizer, needs_closure, parse
 from torchplug.seed import remembered, spread
-from torchplug.stream import Stream, exact, explained
+from torchplug.stream import Stream
 
 if TYPE_CHECKING:
     from torchplug.hookspecs import Hooks

@@ -21,13 +21,13 @@ class Series:
     """One logged name during one pass over the data."""
 
     __slots__ = (
-        "everything", "fork", "last", "logger", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
+        "alone", "everything", "fork", "last", "logger", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
         "reduce", "source", "total", "touched", "unsent", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
         self.name, self.options, self.on_step, self.on_epoch = name, options, on_step, on_epoch
-        self.prog_bar, self.logger, self.reduce = options[0], options[1], options[4]
+        self.prog_bar, self.logger, self.reduce, self.alone = options[0], options[1], options[4], options[6]
         self.fork = on_step and on_epoch
         self.last: Any = None
         self.unsent = False  # whether there is a step value that no logger got

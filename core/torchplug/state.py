@@ -17,11 +17,11 @@ import torchplug
 from torchplug.blame import add_note
 from torchplug.checkpoint import plain
 from torchplug.data import move
+from torchplug.loaders import has_state
 from torchplug.matching import PARTS, Choice, check, facts, new_data, stateful
 from torchplug.seed import generator_state, restore_generators
 from torchplug.series import joined
 from torchplug.sharded import like_parameters, spread
-from torchplug.stream import has_state
 
 if TYPE_CHECKING:
     from torchplug.run import Run

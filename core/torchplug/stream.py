@@ -19,8 +19,6 @@ from torchplug.loaders import (
     Tracked,
     begin,
     by_number,
-    exact,
-    explained,
     has_state,
     indices_of,
     places_of,
@@ -31,7 +29,7 @@ from torchplug.loaders import (
 )
 from torchplug.seed import generator_state, own_generators, restore_generators
 
-__all__ = ["Stream", "alike", "begin", "exact", "explained", "has_state"]
+__all__ = ["Stream", "alike"]
 
 PARTS = ("own", "samplers", "start", "cut", "drawn", "exhausted", "counted", "working", "ended", "keeper", "between")
 

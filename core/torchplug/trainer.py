@@ -22,6 +22,7 @@ from torchplug.blame import blame, caller
 from torchplug.config import write_config
 from torchplug.discovery import PluginError, bare
 from torchplug.dispatch import dispatch, register, watch
+from torchplug.hookspecs import Hooks
 from torchplug.launching import Call, Done, Task
 from torchplug.loaders import close
 from torchplug.lock import Lock
@@ -86,6 +87,7 @@ class Trainer(Settings):
         self._module: Module | None = None
         self._fitted: Run | None = None
         self._lock = lock
+        self._pace = ""
         self._members = build(plugins, lock)
         order(self._members)  # a cycle is an error now, not when training starts
 
@@ -301,7 +303,7 @@ class Trainer(Settings):
         if start is not None:
             put_in_place(run, start)
         if run.work == "fit":
-            return loop.fit(run, hooks)
+            return self._timed(run, hooks)
         if run.work == "predict":
             return loop.predict(run, hooks, call.keep)
         if run.work != "tune":
@@ -310,6 +312,14 @@ class Trainer(Settings):
         if found is None:
             raise PluginError("no enabled plugin tunes anything: name one that does, such as a learning-rate finder, in plugins")
         return found
+
+    def _timed(self, run: Run, hooks: Hooks) -> None:
+        """The loop, and how fast it was: without what torch imports for the first optimizer of a process, and without closing."""
+        began, step, samples = run.clock, run.position.step, run.position.samples
+        loop.fit(run, hooks)
+        seconds = max(run.clock - began, 1e-6)  # a coarse clock may not have moved
+        steps_per_second, samples_per_second = (run.position.step - step) / seconds, (run.position.samples - samples) / seconds
+        self._pace = f"{steps_per_second:.0f} steps/s, {samples_per_second:.0f} samples/s"
 
     # ------------------------------------------------------------------ in other processes, and back
 
@@ -418,11 +428,7 @@ class Trainer(Settings):
         if run.rank:
             return
         if run.work == "fit":
-            position, seconds = run.position, run.seconds
-            logger.info(
-                "fit took %.1f s: %d epochs, %d steps (%.0f steps/s, %.0f samples/s)",
-                seconds, position.epoch, position.step, position.step / seconds, position.samples / seconds,
-            )  # fmt: skip
+            logger.info("fit took %.1f s: %d epochs, %d steps (%s)", run.seconds, run.position.epoch, run.position.step, self._pace)
             if run.interrupted:
                 logger.info("interrupted by %s; ckpt_path='last' goes on from here if a checkpoint was kept", run.interrupted)
             elif run.stop_reason:
