@@ -1,4 +1,4 @@
-"""What all tests share, those of plugins too: programs that start at once, and tests that are alone on the machine."""
+"""What all tests share, those of plugins too: one seed, programs that start at once, and tests that are alone on the machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
+
+from torchplug import seed_everything
 
 
 class Program:
@@ -175,6 +178,23 @@ def pytest_runtest_makereport() -> Iterator[None]:
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals() -> None:
+    """Signals do what they do in a program at a terminal: who runs the tests in the background may have them ignored."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
+        if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time() -> None:
+    """One thread, and the same random numbers, whichever tests came before."""
+    torch.set_num_threads(1)
+    seed_everything(0)
 
 
 @pytest.fixture(scope="session")

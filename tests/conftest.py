@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +17,9 @@ import torchplug
 from torchplug.testing import TinyModule, make_loader, recorded, tiny_trainer
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _signals() -> None:
-    """Signals do what they do in a program at a terminal: who runs the tests in the background may have them ignored."""
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
-        if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(autouse=True)
 def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, one seed, a working directory that goes away, and core's lines visible to caplog."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    """A working directory that goes away, and core's lines visible to caplog."""
     monkeypatch.chdir(tmp_path)
     logging.getLogger("torchplug").setLevel(logging.INFO)
 

@@ -351,6 +351,12 @@ def test_a_signal_that_comes_while_the_loop_looks_for_one_is_not_missed() -> Non
         assert plugin.counts["on_stop_requested"] <= 1, number
 
 
+def test_a_signal_that_comes_while_something_put_off_is_done_is_not_missed() -> None:
+    put_off = {("on_train_batch_end", 3): lambda run: run.at_boundary(lambda: send()(run))}
+    _error, plugin, run = ended(put_off, max_epochs=1, log_every_n_steps=50)
+    assert run.position.step == 3 and plugin.path.exists() and plugin.counts["on_stop_requested"] == 1
+
+
 # ---------------------------------------------------------------------- what each signal does
 
 

@@ -368,9 +368,7 @@ class Run:
                 if plugin:  # it stands in no hook, so the traceback does not tell who asked for it
                     add_note(error, f"asked for by {plugin!r}, and put off until the state was whole")
                 raise
-        self.attention = bool(self.stop_reason)
-        if self.interrupted and not self._announced:  # asked after the line above: a signal may come at any moment
-            self.attention = True
+        self.attention = bool(self.stop_reason)  # whoever calls this looks at `interrupted` next
 
     def state(self, weights_only: bool = False) -> dict[str, Any]:
         """Everything that the run can change, as nested dicts and lists of tensors and plain values; whole at a boundary alone.
