@@ -338,7 +338,7 @@ def test_the_loop_of_the_readme_has_hooks_in_the_order_of_the_contract():
     hooks = [word for word in re.findall(r"\w+", drawn) if word in PARAMETERS]
     assert len(hooks) >= 20
     assert hooks == [hook for hook in PARAMETERS if hook in hooks]
-    assert max(map(len, drawn.splitlines())) <= 60, "a phone shows no more"
+    assert max(map(len, drawn.splitlines())) <= 45, "a phone shows no more"
 
 
 def test_the_logger_that_the_docs_show_logs(tmp_path, programs):
