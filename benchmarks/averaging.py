@@ -1,6 +1,6 @@
 """What a running average of the weights costs: the plugins beside torch's AveragedModel called by hand, and beside memory.
 
-First the MLP of `overhead.py`: a raw loop with an `AveragedModel` update after each step, back to back with torchplug and a plugin,
+First the MLP of `contenders.py`: a raw loop with an `AveragedModel` update after each step, back to back with torchplug and a plugin,
 in windows of CPU time as in `overhead.py`. The costs of the averages alone are the differences to the same two loops without one.
 Then a module of 50 million parameters: one update, back to back with one update by hand and with one read and write of the
 parameters, `target.copy_(parameters)`, in wall time.
@@ -11,17 +11,15 @@ parameters, `target.copy_(parameters)`, in wall time.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import logging
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from overhead import MLP, WINDOW, Batch, Batches, Net, measure, with_torchplug
+from contenders import MLP, Net, Work, bare, measure, with_torchplug
+from measuring import WINDOW, Batch, Batches, Row, Table, Tables, program, quiet, spread, unseen
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,15 +27,36 @@ from torchplug import Module
 from torchplug_ema import Ema
 
 DECAY = 0.999
-
+PLUGINS: dict[str, Any] = {
+    "ema": {"ema": {"decay": DECAY}},
+    "ema, every 10 steps": {"ema": {"decay": DECAY, "every_n_steps": 10}},
+    "swa, every step": {"swa": {"start": 0, "every_n_steps": 1}},
+    "swa, every epoch": {"swa": {"start": 0}},
+}
+SMALL = {
+    "": "{name}",
+    "AveragedModel by hand": "{theirs:.1f}",
+    "torchplug": "{ours:.1f}",
+    "ratio": "{ratio:.2f}",
+    "range": "{ratio_low:.2f} to {ratio_high:.2f}",
+    "average by hand": "{alone_theirs:.1f}",
+    "of torchplug": "{alone_ours:.1f}",
+}
+LARGE = {
+    "ema": "{ours:.1f}",
+    "AveragedModel by hand": "{theirs:.1f}",
+    "one read and write": "{copy:.1f}",
+    "ema over it": "{ratio:.2f}",
+    "10th to 90th percentile": "{ratio_10:.2f} to {ratio_90:.2f}",
+}
 
 # ---------------------------------------------------------------------- small steps
 
 
-def by_hand(averaged: bool) -> Callable[[Batches], None]:
+def by_hand(averaged: bool) -> Work:
     """A raw loop, with an average by hand or without."""
 
-    def run(batches: Batches) -> None:
+    def run(batches: Batches) -> nn.Module:
         net = MLP()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
@@ -48,34 +67,20 @@ def by_hand(averaged: bool) -> Callable[[Batches], None]:
             optimizer.zero_grad()
             if averaged:
                 average.update_parameters(net)
+        return net
 
     return run
 
 
-def small(repeats: int, steps: int) -> None:
+def small(name: str, repeats: int, steps: int) -> Row:
     """The MLP: whole steps, and what the average adds to them."""
-    plugins: dict[str, Any] = {
-        "ema": {"ema": {"decay": DECAY}},
-        "ema, every 10 steps": {"ema": {"decay": DECAY, "every_n_steps": 10}},
-        "swa, every step": {"swa": {"start": 0, "every_n_steps": 1}},
-        "swa, every epoch": {"swa": {"start": 0}},
-    }
-    raw, hand, bare = by_hand(False), by_hand(True), with_torchplug(Net)
-    print(f"microseconds of CPU per step of the MLP, 10th percentile of windows of {WINDOW} steps")
-    print(f"median of {repeats} rounds of {steps} steps each\n")
-    print("| | AveragedModel by hand | torchplug | ratio | range | average by hand | of torchplug |\n|---|---|---|---|---|---|---|")
-    for name, plugin in plugins.items():
-        work = with_torchplug(Net, plugins=(plugin,))
-        measure(work, WINDOW * 4)  # first-time work falls out
-        rounds = [tuple(measure(each, steps) for each in (raw, hand, bare, work)) for _ in range(repeats)]
-        ratios = [ours / theirs for _, theirs, _, ours in rounds]
-        theirs, ours = (statistics.median(each[i] for each in rounds) for i in (1, 3))
-        alone = [statistics.median(each[i] - each[i - 1] for each in rounds) for i in (1, 3)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(
-            f"| {name} | {theirs:.1f} | {ours:.1f} | {statistics.median(ratios):.2f} | {spread} | {alone[0]:.1f} | {alone[1]:.1f} |",
-            flush=True,
-        )
+    print(f"  {name}", file=sys.stderr, flush=True)
+    works = (by_hand(False), by_hand(True), bare, with_torchplug(Net, PLUGINS[name]))
+    measure(works[-1], WINDOW * 4)  # first-time work falls out
+    rounds = [tuple(measure(each, steps) for each in works) for _ in range(repeats)]
+    theirs, ours = (statistics.median(each[i] for each in rounds) for i in (1, 3))
+    alone = {f"alone_{who}": statistics.median(each[i] - each[i - 1] for each in rounds) for who, i in (("theirs", 1), ("ours", 3))}
+    return {"name": name, "theirs": theirs, "ours": ours, **alone, **spread("ratio", [each[3] / each[1] for each in rounds])}
 
 
 # ---------------------------------------------------------------------- many parameters
@@ -88,6 +93,11 @@ class Wide(Module):
         super().__init__()
         sizes = [(2048, 512), (512, 2048), (512, 1536), (512, 512), (2048,), (512,), (512,), (512,)]
         self.layers = nn.ParameterList(nn.Parameter(torch.full(size, 0.5)) for _ in range(16) for size in sizes)
+
+    @property
+    def net(self) -> Wide:
+        """What a contender returns."""
+        return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.layers[-1].sum()
@@ -123,37 +133,29 @@ class Clocked(Ema):
         self.times.append(tuple(row))
 
 
-def large(steps: int) -> None:
-    """50 million parameters: one update."""
+def large(updates: int, threads: int) -> Row:
+    """50 million parameters: milliseconds of one update."""
+    print("  50 million parameters", file=sys.stderr, flush=True)
     module, plugin = Wide(), Clocked(decay=DECAY)
-    with_torchplug(lambda: module, plugins=(plugin,))(Batches(steps))  # type: ignore[arg-type]
+    torch.set_num_threads(threads)
+    with unseen():
+        with_torchplug(lambda: module, plugin)(Batches(updates))
+    quiet()
     rows = plugin.times[3:]  # the first update is a copy
     ours, theirs, copy = (statistics.median(row[i] for row in rows) * 1e3 for i in range(3))
     ratios = sorted(row[0] / row[2] for row in rows)
-    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-    count = sum(parameter.numel() for parameter in module.parameters())
-    of = f"of {count / 1e6:.1f} million parameters, median of {len(rows)} rounds, {torch.get_num_threads()} threads"
-    print(f"\nmilliseconds for one update {of}\n")
-    print("| ema | AveragedModel by hand | one read and write | ema over it | 10th to 90th percentile |\n|---|---|---|---|---|")
-    print(f"| {ours:.1f} | {theirs:.1f} | {copy:.1f} | {statistics.median(ratios):.2f} | {low:.2f} to {high:.2f} |")
+    parameters = list(module.parameters())
+    return {
+        "name": "one update", "ours": ours, "theirs": theirs, "copy": copy, "ratio": statistics.median(ratios),
+        "ratio_10": ratios[len(ratios) // 10], "ratio_90": ratios[-1 - len(ratios) // 10], "rounds": len(rows), "threads": threads,
+        "tensors": len(parameters), "millions": sum(parameter.numel() for parameter in parameters) / 1e6,
+    }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds for each row")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of each run of the MLP")
-    parser.add_argument("--updates", type=int, default=60, help="updates of the large module")
-    parser.add_argument("--threads", type=int, default=1, help="threads for the large module")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("torchplug").addHandler(logging.NullHandler())
-    logging.getLogger("torchplug").setLevel(logging.CRITICAL)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchplug", "torchplug-ema", "torchplug-swa"))
-    print(f"Python {platform.python_version()}, {versions}, {platform.machine()}, 1 thread")
-    small(options.repeats, options.steps)
-    torch.set_num_threads(options.threads)
-    large(options.updates)
+def tables(repeats: int = 7, steps: int = 3000, updates: int = 60, threads: int = 1) -> Tables:
+    rows = [small(name, repeats, steps) for name in PLUGINS]
+    return {"small": Table(SMALL, rows), "large": Table(LARGE, [large(updates, threads)])}
 
 
 if __name__ == "__main__":
-    main()
+    program(tables)

@@ -12,13 +12,7 @@ file that survives a power cut is there sooner.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Row, Table, Tables, beside, child, program, quiet
+from memory import resident
 from torch import Tensor
 
 from torchplug import checkpoint
@@ -36,6 +32,15 @@ from torchplug_checkpoint.writer import HostCopy, Writer
 
 Work = Callable[[], Any]
 State = dict[str, dict[str, Tensor]]
+TIMES = {
+    "": "{name}",
+    "torch.save or torch.load": "{base:.0f}",
+    "torchplug": "{work:.0f}",
+    "range": "{work_low:.0f} to {work_high:.0f}",
+    "ratio": "{ratio:.2f}",
+    "its range": "{ratio_low:.2f} to {ratio_high:.2f}",
+}
+MEMORY = {"extra memory at its peak": "{name}", "MB": "{extra:.0f}", "of the state": "{share:.2f}"}
 
 
 def make_state(tensors: int, device: str) -> State:
@@ -72,27 +77,13 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - begin
 
 
-def compare(name: str, work: Work, base: Work, repeats: int, clock: Callable[[Work], float] = seconds) -> dict[str, Any]:
-    """Pairs of ``base`` and ``work``, back to back, after one of each that does not count."""
+def compare(name: str, work: Work, base: Work, repeats: int, clock: Callable[[Work], float] = seconds) -> Row:
+    """Pairs of ``base`` and ``work``, in milliseconds, after one of each that does not count."""
     clock(base), clock(work)
-    pairs = [(clock(base), clock(work)) for _ in range(repeats)]
-    ratios = [there / here for here, there in pairs]
-    row = {
-        "name": name,
-        "base": statistics.median(here for here, _ in pairs) * 1e3,
-        "ms": statistics.median(there for _, there in pairs) * 1e3,
-        "low": min(there for _, there in pairs) * 1e3,
-        "high": max(there for _, there in pairs) * 1e3,
-        "ratio": statistics.median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-    }
-    spread, between = f"{row['low']:.0f} to {row['high']:.0f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-    print(f"| {name} | {row['base']:.0f} | {row['ms']:.0f} | {spread} | {row['ratio']:.2f} | {between} |", flush=True)
-    return row
+    return beside(name, lambda: clock(base) * 1e3, lambda: clock(work) * 1e3, repeats)
 
 
-def writing(state: State, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def writing(state: State, folder: Path, repeats: int) -> list[Row]:
     ours, theirs, threads = folder / "a.safetensors", folder / "a.pt", Writer()
     copy = HostCopy()
     copy.take(state)  # the first one makes the buffers
@@ -131,14 +122,14 @@ def writing(state: State, folder: Path, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def loading(state: State, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def loading(state: State, folder: Path, repeats: int) -> list[Row]:
     ours, theirs = folder / "b.safetensors", folder / "b.pt"
     checkpoint.write(ours, state)
     save(theirs, state)
     state.clear()
 
     def fresh(job: str, path: Path) -> Work:
-        return lambda: float(child(job, path)["seconds"])
+        return lambda: float(apart(job, path)["seconds"])
 
     return [
         compare("load, in a new process", fresh("load", ours), fresh("torch.load", theirs), repeats, lambda work: float(work())),
@@ -151,21 +142,16 @@ def loading(state: State, folder: Path, repeats: int) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- in a process of its own
 
 
-def child(job: str, path: Path, tensors: int = 0) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", job, "--folder", str(path), "--tensors", str(tensors)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def apart(job: str, path: Path, tensors: int = 0) -> Row:
+    """`in_child` in a new interpreter."""
+    found: Row = child(f"import json, checkpoint; print(json.dumps(checkpoint.in_child({job!r}, {str(path)!r}, {tensors})))")
+    return found
 
 
-def memory(name: str) -> int:
-    """Bytes that this process has now (VmRSS), or had at most (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def in_child(job: str, path: Path, tensors: int) -> dict[str, Any]:
+def in_child(job: str, name: str, tensors: int) -> Row:
     """One job; how long it took, and how much memory it had beyond that before it."""
+    quiet()
+    path = Path(name)
     state = make_state(tensors, "cpu")
     copy = HostCopy()
 
@@ -181,50 +167,33 @@ def in_child(job: str, path: Path, tensors: int) -> dict[str, Any]:
         "torch.save": lambda: save(path, state),
         "background": twice,
     }
-    before = memory("VmRSS")
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     took = seconds(jobs[job])
-    return {"seconds": took, "extra": memory("VmHWM") - before}
+    return {"seconds": took, "extra": (resident("VmHWM") - before) / 1e6}
 
 
-def extra_memory(folder: Path, tensors: int) -> list[dict[str, Any]]:
-    """Memory beyond the state, at its peak, as a share of the state."""
-    size, rows = tensors * 2_621_440 * 4, []
-    print("\n| extra memory at its peak | MB | of the state |\n|---|---|---|")
+def extra_memory(folder: Path, tensors: int, size: float) -> list[Row]:
+    """Megabytes beyond the state, at the peak, and as a share of the state."""
     jobs = [("torch.save", "c.pt", tensors), ("write", "c.safetensors", tensors), ("background", "c.safetensors", tensors)]
-    for job, name, count in [*jobs, ("torch.load", "c.pt", 0), ("load", "c.safetensors", 0)]:
-        extra = child(job, folder / name, count)["extra"]
-        rows.append({"name": f"memory of {job}", "extra": extra, "share": extra / size})
-        print(f"| {job} | {extra / 1e6:.0f} | {extra / size:.2f} |", flush=True)
+    jobs += [("torch.load", "c.pt", 0), ("load", "c.safetensors", 0)]
+    rows = []
+    for job, name, count in jobs:
+        print(f"  memory of {job}", file=sys.stderr, flush=True)
+        extra = apart(job, folder / name, count)["extra"]
+        rows.append({"name": job, "extra": extra, "share": extra / size})
     return rows
 
 
-# ---------------------------------------------------------------------- all of it
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs for each row")
-    parser.add_argument("--tensors", type=int, default=50, help="how many tensors of 10 MB")
-    parser.add_argument("--device", default="cpu", help="where the state lies")
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder otherwise")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(in_child(options.child, options.folder, options.tensors)))
-        return
-    torch.set_num_threads(1)
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors", "torchplug")]
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder, state = Path(name), make_state(options.tensors, options.device)
-        print(f"Python {platform.python_version()}, {', '.join(versions)}, {platform.machine()}, {os.cpu_count()} processors")
-        print(f"1 thread of torch, {size_of(state) / 1e6:.0f} MB on {options.device}, milliseconds, median of {options.repeats} pairs\n")
-        print("| | torch.save or torch.load | torchplug | range | ratio | range |\n|---|---|---|---|---|---|")
-        rows = writing(state, folder, options.repeats) + loading(state, folder, options.repeats) + extra_memory(folder, options.tensors)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+def tables(repeats: int = 7, tensors: int = 50, device: str = "cpu", folder: str = "") -> Tables:
+    """So many tensors of 10 MB on a device; a temporary folder is made where none is named."""
+    with tempfile.TemporaryDirectory(dir=folder or None) as name:
+        state = make_state(tensors, device)
+        size = size_of(state) / 1e6
+        times = writing(state, Path(name), repeats) + loading(state, Path(name), repeats)
+        memory = extra_memory(Path(name), tensors, size)
+    return {"times": Table(TIMES, [{**row, "size": size, "tensors": tensors} for row in times]), "memory": Table(MEMORY, memory)}
 
 
 if __name__ == "__main__":
-    main()
+    program(tables)

@@ -10,29 +10,32 @@ the pairs, with their range. Without a CUDA device nothing is measured.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import itertools
-import json
-import logging
-import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import WINDOW, Batch, Row, Table, Tables, beside, program, unseen
+from measuring import Batches as Timed
 from torch import Tensor, nn
 
 import torchplug
 from torchplug import Trainer
 
-WINDOW = 50
 DIFFERENT = 8  # batches that are given again and again
+COLUMNS = {
+    "": "{name}",
+    "work": "{work_name}",
+    "loop by hand": "{base:.1f}",
+    "step": "{work:.1f}",
+    "over it": "{over:+.1f}",
+    "range": "{over_low:+.1f} to {over_high:+.1f}",
+    "ratio": "{ratio:.2f}",
+}
 
 
 @dataclass(frozen=True)
@@ -59,40 +62,30 @@ WORKS = [
 ]
 
 
-class Batches:
+class Batches(Timed):
     """Batches in pinned memory, the same in every run; the clock is read once a window."""
 
     def __init__(self, work: Work, steps: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.data = [
+        self.work = work
+        super().__init__(steps, work.width, (time.perf_counter,))
+
+    def make(self, width: int) -> list[Batch]:
+        generator, samples = torch.Generator().manual_seed(0), self.work.samples
+        return [
             (
-                torch.randn(work.samples, work.width, generator=generator).pin_memory(),
-                torch.randint(0, 10, (work.samples,), generator=generator).pin_memory(),
+                torch.randn(samples, width, generator=generator).pin_memory(),
+                torch.randint(0, 10, (samples,), generator=generator).pin_memory(),
             )
             for _ in range(DIFFERENT)
         ]
-        self.steps = steps
-        self.stamps: list[float] = []
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.stamps = []
-        for step in range(self.steps):
-            if step % WINDOW == 0:
-                self.stamp()
-            yield self.data[step % DIFFERENT]
-        self.stamp()
 
     def stamp(self) -> None:
         torch.cuda.synchronize()
-        self.stamps.append(time.perf_counter())
+        super().stamp()
 
-    def microseconds(self) -> float:
+    def microseconds(self, clock: int = 0) -> float:
         """The median of the windows but the first, per step."""
-        windows = [end - start for start, end in itertools.pairwise(self.stamps)]
-        return statistics.median(windows[1:]) / WINDOW * 1e6
+        return statistics.median(self.windows(clock)[1:])
 
 
 # ---------------------------------------------------------------------- contenders
@@ -161,64 +154,37 @@ def with_torchplug(prefetch: bool, logs: bool = False, *plugins: Any) -> Contend
 
 
 def measure(contender: Contender, work: Work, batches: Batches) -> float:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    with unseen():
         contender(work, batches)
     return batches.microseconds()
 
 
-def compare(name: str, contender: Contender, work: Work, repeats: int, steps: int) -> dict[str, Any]:
+def compare(name: str, contender: Contender, work: Work, repeats: int, steps: int) -> Row:
     """Pairs of the raw loop and ``contender``, back to back."""
     batches = Batches(work, steps)
     short = Batches(work, 2 * WINDOW)
     for each in (raw, contender):  # first-time work falls out
         measure(each, work, short)
-    pairs = [(measure(raw, work, batches), measure(contender, work, batches)) for _ in range(repeats)]
-    over = [there - here for here, there in pairs]
-    row = {
-        "work": work.name,
-        "name": name,
-        "base": statistics.median(here for here, _ in pairs),
-        "step": statistics.median(there for _, there in pairs),
-        "over": statistics.median(over),
-        "low": min(over),
-        "high": max(over),
-        "ratio": statistics.median(there / here for here, there in pairs),
-    }
-    spread = f"{row['low']:+.1f} to {row['high']:+.1f}"
-    print(f"| {name} | {row['base']:.1f} | {row['step']:.1f} | {row['over']:+.1f} | {spread} | {row['ratio']:.2f} |", flush=True)
-    return row
+    row = beside(name, lambda: measure(raw, work, batches), lambda: measure(contender, work, batches), repeats)
+    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {**row, "work_name": f"{work.name}, {work.megabytes:.2f} MB", **versions}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=5, help="pairs for each row")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of each run")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args()
-    if options.repeats < 1 or options.steps < 2 * WINDOW:
-        parser.error(f"at least 1 pair and {2 * WINDOW} steps are needed")
+def tables(repeats: int = 5, steps: int = 1000) -> Tables:
     if not torch.cuda.is_available():
-        print("there is no CUDA device: nothing is measured")
-        return
-    logging.getLogger("torchplug").addHandler(logging.NullHandler())
-    logging.getLogger("torchplug").setLevel(logging.CRITICAL)
-    contenders: list[tuple[str, Contender]] = [
-        ("loop by hand, a stream for copies", raw_prefetching),
-        ("torchplug, prefetch=False", with_torchplug(False)),
-        ("torchplug, prefetch=True", with_torchplug(True)),
-        ("torchplug, prefetch=True, one log on step and epoch", with_torchplug(True, True)),
-        ("torchplug, prefetch=True, standard plugins, one log", with_torchplug(True, True, "standard")),
-    ]
-    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"microseconds per step, median of windows of {WINDOW} steps, of {options.repeats} pairs of {options.steps} steps each")
-    rows = []
-    for work in WORKS:
-        print(f"\n{work.name}: batches of {work.megabytes:.2f} MB, MLP {work.width}-{work.hidden}-10\n")
-        print("| | loop by hand | step | over it | range | ratio |\n|---|---|---|---|---|---|")
-        rows += [compare(name, contender, work, options.repeats, options.steps) for name, contender in contenders]
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        sys.exit("there is no CUDA device: nothing is measured")
+    if steps < 2 * WINDOW:
+        sys.exit(f"--steps {steps}: it must be at least {2 * WINDOW}")
+    contenders: dict[str, Contender] = {
+        "loop by hand, a stream for copies": raw_prefetching,
+        "torchplug, prefetch=False": with_torchplug(False),
+        "torchplug, prefetch=True": with_torchplug(True),
+        "torchplug, prefetch=True, one log": with_torchplug(True, True),
+        "torchplug, prefetch=True, standard plugins, one log": with_torchplug(True, True, "standard"),
+    }
+    rows = [compare(name, contender, work, repeats, steps) for work in WORKS for name, contender in contenders.items()]
+    return {"steps": Table(COLUMNS, rows)}
 
 
 if __name__ == "__main__":
-    main()
+    program(tables)

@@ -7,38 +7,44 @@ spends (thread CPU time); the wall time of the same calls holds what it waits fo
 with as many metrics, MLflow's on SQLite with fewer repetitions, because each takes milliseconds.
 
     python benchmarks/loggers.py
-    python benchmarks/loggers.py --repeats 7 --records 1000000     # whether the last ones cost what the first ones do
+    python benchmarks/loggers.py --repeats 7 --records 1000000     # whether so many cost what the first ones do
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import importlib.util
-import json
 import logging
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import WINDOW, Clock, Row, Table, Tables, low, program, spread, taking_part
+from memory import resident
 
 from torchplug import Module, Run, Trainer, hookimpl
 
-WINDOW, WINDOWS = 50, 60
+WINDOWS = 60
+TRACKERS = {"tensorboard": "tensorboard", "wandb, offline": "wandb", "mlflow, SQLite": "mlflow"}
 SETS: dict[str, list[Any]] = {
     "alone": [],
     "journal": ["journal"],
     "tensorboard": ["tensorboard"],
     "wandb, offline": [{"wandb": {"mode": "offline"}}],
     "mlflow, SQLite": ["mlflow"],
-    "all of them": ["tensorboard", {"wandb": {"mode": "offline"}}, "mlflow"],
 }
+COLUMNS = {
+    "{width} per record": "{name}",
+    "handed over": "{cpu:.1f}",
+    "range": "{cpu_low:.1f} to {cpu_high:.1f}",
+    "beyond alone": "{beyond:.1f}",
+    "by the clock": "{wall:.1f}",
+    "the vendor's own call": "{vendor:.0f}",
+}
+MANY = {"records": "{name}", "each": "{each:.1f}", "MB": "{mb:.0f}"}
 
 
 class Net(Module):
@@ -53,7 +59,7 @@ class Net(Module):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def windows(call: Callable[[int], None], clock: Callable[[], float], count: int, size: int) -> list[float]:
+def windows(call: Callable[[int], None], clock: Clock, count: int, size: int) -> list[float]:
     """Microseconds per call, window by window."""
     found, step = [], 0
     for _ in range(count):
@@ -64,10 +70,6 @@ def windows(call: Callable[[int], None], clock: Callable[[], float], count: int,
         found.append((clock() - begin) / size * 1e6)
         time.sleep(0.002)  # other threads have their turn between windows
     return found
-
-
-def low(values: list[float]) -> float:
-    return sorted(values)[len(values) // 10]
 
 
 class Hand:
@@ -132,41 +134,39 @@ def vendors(width: int, root: Path) -> dict[str, Callable[[], float]]:
     return {"tensorboard": tensorboard, "wandb, offline": wandb, "mlflow, SQLite": mlflow}
 
 
-def table(width: int, repeats: int) -> list[dict[str, Any]]:
-    rows = []
-    print(f"\n| {width} metric{'s' * (width > 1)} per record | handed over, us | range | beyond alone | wall, us | the vendor's call, us |")
-    print("|---|---|---|---|---|---|")
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETS}
-    blocking: dict[str, list[float]] = {}
-    for _ in range(repeats):
+def table(width: int, repeats: int, without: Sequence[str]) -> Table:
+    """Records of so many metrics."""
+    trackers = {name: SETS[name] for name, tracker in TRACKERS.items() if tracker not in without}
+    sets = {
+        "alone": SETS["alone"],
+        "journal": SETS["journal"],
+        **trackers,
+        "all of them": [plugin for each in trackers.values() for plugin in each],
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
+    blocking: dict[str, list[float]] = {name: [] for name in trackers}
+    for number in range(repeats):
+        print(f"  round {number + 1} of {repeats}, {width} metrics per record", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for name, plugins in SETS.items():
+            for name, plugins in sets.items():
                 found[name].append(ours(plugins, width, Path(folder)))
             for name, call in vendors(width, Path(folder)).items():
-                blocking.setdefault(name, []).append(call())
-    alone = statistics.median(cpu for cpu, _ in found["alone"])
+                if name in trackers:
+                    blocking[name].append(call())
+    alone, rows = statistics.median(cpu for cpu, _ in found["alone"]), []
     for name, pairs in found.items():
-        cpu = [cpu for cpu, _ in pairs]
-        wall = statistics.median(wall for _, wall in pairs)
-        vendor = f"{statistics.median(blocking[name]):.0f}" if name in blocking else ""
-        row = {"name": name, "metrics": width, "cpu": statistics.median(cpu), "wall": wall, "vendor": vendor}
-        rows.append(row)
-        beyond = row["cpu"] - alone
-        print(f"| {name} | {row['cpu']:.1f} | {min(cpu):.1f} to {max(cpu):.1f} | {beyond:.1f} | {wall:.1f} | {vendor} |", flush=True)
-    return rows
-
-
-def resident() -> float:
-    """Megabytes of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+        row: Row = {"name": name, **spread("cpu", [cpu for cpu, _ in pairs]), "wall": statistics.median(wall for _, wall in pairs)}
+        row["vendor"] = statistics.median(blocking[name]) if name in blocking else None
+        rows.append({**row, "beyond": row["cpu"] - alone})
+    heads = {head.format(width=f"{width} metric{'s' * (width > 1)}"): cell for head, cell in COLUMNS.items()}
+    return Table(heads, rows)
 
 
 class Many:
-    """Hands over very many records while the backend hangs, and looks at time and memory."""
+    """Hands over very many records, and looks at time and memory."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count, self.rows = count, [Row()]
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -175,38 +175,22 @@ class Many:
         def call(step: int) -> None:
             run.hooks.log_metrics(run, metrics, "train", step, 0, step, 0.5)
 
-        part = self.count // 10
-        print(f"\n| records, TensorBoard, {self.count:,} in all | us each | MB |\n|---|---|---|")
+        part, self.rows = self.count // 10, []
         for number in range(10):
-            took = windows(call, time.thread_time, part // WINDOW, WINDOW)
-            print(f"| {number * part:,} to {(number + 1) * part:,} | {low(took):.1f} | {resident():.0f} |", flush=True)
+            took = windows(call, time.thread_time, max(1, part // WINDOW), WINDOW)
+            self.rows.append({"name": f"{number * part:,} to {(number + 1) * part:,}", "each": low(took), "mb": resident() / 1e6})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=5, help="runs for each row")
-    parser.add_argument("--records", type=int, default=0, help="also hand over so many records in one run")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def tables(repeats: int = 3, records: int = 200_000, without: Sequence[str] = ()) -> Tables:
+    """Records of one and of ten metrics, and very many of one metric in a run with TensorBoard."""
+    taking_part(list(TRACKERS.values()), without)
     logging.disable(logging.WARNING)
-    for name in [name for name in SETS if not all(_there(plugin) for plugin in SETS[name])]:
-        del SETS[name]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "tensorboard", "wandb", "mlflow", "torchplug")]
-    print(f"Python {platform.python_version()}, {', '.join(versions)}, {platform.machine()}, {os.cpu_count()} processors")
-    rows = [row for width in (1, 10) for row in table(width, options.repeats)]
-    if options.records:
-        with tempfile.TemporaryDirectory() as folder:
-            many = Many(options.records)
-            Trainer(max_epochs=1, plugins=["tensorboard", many], root_dir=folder, accelerator="cpu").fit(Net(), [torch.ones(1, 1)])
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
-
-
-def _there(plugin: Any) -> bool:
-    name = plugin if isinstance(plugin, str) else next(iter(plugin))
-    return importlib.util.find_spec(f"torchplug_{name}") is not None
+    found = {"one": table(1, repeats, without), "ten": table(10, repeats, without)}
+    with tempfile.TemporaryDirectory() as folder:
+        many = Many(records)
+        Trainer(max_epochs=1, plugins=["tensorboard", many], root_dir=folder, accelerator="cpu").fit(Net(), [torch.ones(1, 1)])
+    return {**found, "many": Table(MANY, many.rows)}
 
 
 if __name__ == "__main__":
-    main()
+    program(tables)

@@ -7,13 +7,14 @@ A network with two hidden layers of 64 units on scikit-learn's digits, batches o
 
 from __future__ import annotations
 
-import logging
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import Row, Table, Tables, program
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -47,39 +48,46 @@ class Net(Module):
         return OPTIMIZERS[self.optimizer](self.parameters(), self.lr)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.ERROR)
+def data() -> tuple[TensorDataset, TensorDataset]:
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
-    train, val = TensorDataset(images[:1400], labels[:1400]), TensorDataset(images[1400:], labels[1400:])
+    return TensorDataset(images[:1400], labels[:1400]), TensorDataset(images[1400:], labels[1400:])
 
-    def trained(optimizer: str, norm: bool, lr: float | None, seed: int) -> float:
-        if lr is None:
-            return math.nan
+
+def trained(optimizer: str, norm: bool, lr: float | None, seed: int, epochs: int) -> float:
+    """The validation loss after a fit with this rate; infinite where it diverges, NaN where no rate was found."""
+    if lr is None:
+        return math.nan
+    train, val = data()
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(max_epochs=epochs, plugins=[], accelerator="cpu", root_dir=folder, seed=seed)
+        try:
+            trainer.fit(Net(optimizer, norm, lr), DataLoader(train, 32, shuffle=True), DataLoader(val, 400))
+        except FloatingPointError:
+            return math.inf
+        return trainer.metrics["val_loss"]
+
+
+def row(optimizer: str, norm: bool, seeds: int, epochs: int) -> Row:
+    """The losses with each suggestion, for each seed, and the best of the grid."""
+    name = f"{optimizer}{', batch norm' * norm}"
+    print(f"  {name}", file=sys.stderr, flush=True)
+    losses: dict[str, list[str]] = {method: [] for method in METHODS}
+    for seed in range(seeds):
         torch.manual_seed(seed)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(max_epochs=4, plugins=[], accelerator="cpu", root_dir=folder, seed=seed)
-            try:
-                trainer.fit(Net(optimizer, norm, lr), DataLoader(train, 32, shuffle=True), DataLoader(val, 400))
-            except FloatingPointError:
-                return math.inf
-            return trainer.metrics["val_loss"]
+        trainer = Trainer(max_epochs=1, plugins=[], accelerator="cpu", seed=seed)
+        found = lr_find(trainer, Net(optimizer, norm), DataLoader(data()[0], 32, shuffle=True))
+        for method, each in losses.items():
+            each.append(f"{trained(optimizer, norm, found.suggestion(method), seed, epochs):.2f}")  # type: ignore[arg-type]
+    best = min(trained(optimizer, norm, lr, 0, epochs) for lr in GRID)
+    return {"name": name, "best": best, **{method: ", ".join(each) for method, each in losses.items()}}
 
-    print(f"| optimizer | best | {' | '.join(METHODS)} |\n|{'---|' * (2 + len(METHODS))}")
-    for optimizer in OPTIMIZERS:
-        for norm in (False, True):
-            losses: dict[str, list[str]] = {method: [] for method in METHODS}
-            for seed in range(2):
-                torch.manual_seed(seed)
-                trainer = Trainer(max_epochs=1, plugins=[], accelerator="cpu", seed=seed)
-                found = lr_find(trainer, Net(optimizer, norm), DataLoader(train, 32, shuffle=True))
-                for method, row in losses.items():
-                    row.append(f"{trained(optimizer, norm, found.suggestion(method), seed):.2f}")  # type: ignore[arg-type]
-            best = min(trained(optimizer, norm, lr, 0) for lr in GRID)
-            cells = " | ".join(", ".join(row) for row in losses.values())
-            print(f"| {optimizer}{', batch norm' * norm} | {best:.2f} | {cells} |", flush=True)
+
+def tables(seeds: int = 2, epochs: int = 4) -> Tables:
+    columns = {"optimizer": "{name}", "best": "{best:.2f}", **{method: f"{{{method}}}" for method in METHODS}}
+    return {"losses": Table(columns, [row(optimizer, norm, seeds, epochs) for optimizer in OPTIMIZERS for norm in (False, True)])}
 
 
 if __name__ == "__main__":
-    main()
+    program(tables)

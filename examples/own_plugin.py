@@ -5,22 +5,22 @@
 `torchplug/hookspecs.py` draws the whole run and documents every hook. To use a plugin in other projects too, and by
 name, make it a package of two files:
 
-    torchplug_grad_norm.py     the class GradNorm below, and its imports
+    torchplug_gradient_size.py  the class GradientSize below, and its imports
 
-    pyproject.toml             [build-system]
-                               requires = ["hatchling"]
-                               build-backend = "hatchling.build"
+    pyproject.toml              [build-system]
+                                requires = ["hatchling"]
+                                build-backend = "hatchling.build"
 
-                               [project]
-                               name = "torchplug-grad-norm"
-                               version = "0.1.0"
-                               dependencies = ["torchplug>=0.1,<0.2"]
+                                [project]
+                                name = "torchplug-gradient-size"
+                                version = "0.1.0"
+                                dependencies = ["torchplug>=0.1,<0.2"]
 
-                               [project.entry-points.torchplug]
-                               grad_norm = "torchplug_grad_norm:GradNorm"
+                                [project.entry-points.torchplug]
+                                gradient_size = "torchplug_gradient_size:GradientSize"
 
 After `pip install .` in its folder, `torchplug plugins` lists it, and it is enabled by its name, with its options:
-`Trainer(plugins=["standard", {"grad_norm": {"norm_type": 1.0}}])`.
+`Trainer(plugins=["standard", {"gradient_size": {"norm_type": 1.0}}])`.
 """
 
 import time
@@ -35,7 +35,7 @@ from torchplug import Module, Trainer, hookimpl, seed_everything
 
 
 @dataclass(kw_only=True, eq=False)
-class GradNorm:
+class GradientSize:
     """Logs the norm of all gradients just before they are clipped and used.
 
     Args:
@@ -53,7 +53,7 @@ class GradNorm:
     def on_before_optimizer_step(self, run, optimizer):
         if (run.position.step + 1) % run.options.log_every_n_steps == 0:  # the loggers get a record after this step
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            run.log("grad_norm", nn.utils.get_total_norm(gradients, self.norm_type))  # a tensor: nothing waits for the device
+            run.log("gradient_size", nn.utils.get_total_norm(gradients, self.norm_type))  # a tensor: nothing waits for the device
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,9 +109,9 @@ def main():
     val = DataLoader(TensorDataset(inputs[800:], targets[800:]), batch_size=200)
 
     # Objects stand beside names.
-    trainer = Trainer(max_epochs=5, log_every_n_steps=20, plugins=["standard", GradNorm(), ValidationTime()])
+    trainer = Trainer(max_epochs=5, log_every_n_steps=20, plugins=["standard", GradientSize(), ValidationTime()])
     trainer.fit(Regression(), train, val)
-    print(f"gradient norm in the end: {trainer.metrics['grad_norm']:.2g}, validation loss {trainer.metrics['val_loss']:.2g}")
+    print(f"gradient norm in the end: {trainer.metrics['gradient_size']:.2g}, validation loss {trainer.metrics['val_loss']:.2g}")
 
 
 if __name__ == "__main__":

@@ -197,14 +197,17 @@ class Unsafe:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def test_6_state_that_is_not_safe_to_load(tiny: Any, trainer: Any) -> None:
-    made = trainer(plugins=[Unsafe(), {"checkpoint": {"background": False}}])
+@pytest.mark.parametrize("background", [True, False])
+def test_6_state_that_is_not_safe_to_load(background: bool, tiny: Any, trainer: Any) -> None:
+    made = trainer(plugins=[Unsafe(), {"checkpoint": {"background": background}}])
     with pytest.raises(checkpoint.CheckpointError) as caught:
         made.fit(tiny())
     assert str(caught.value).splitlines()[0] == (
         "plugins.unsafe.layers.first cannot be saved: torch.nn.modules.linear.Linear is not a plain value or tensor; save what it is "
         "made from (numbers, texts, bytes, None, lists, tuples, dicts, tensors), and make it anew when loading"
     )
+    blamed = [note for note in caught.value.__notes__ if note.startswith("raised by ")]
+    assert blamed == ["raised by plugin 'unsafe' in state_dict, rank 0"], "who keeps the state, and not who writes it"
 
 
 def test_7_a_name_that_is_used_twice(refused: Any, package: Any) -> None:

@@ -169,7 +169,7 @@ WAITS = """
         def on_train_batch_end(self, run):
             if run.rank != 0:
                 return
-            end, lines = time.monotonic() + 0.2, len(run.journal.read_text().splitlines())
+            end, lines = time.monotonic() + 0.15, len(run.journal.read_text().splitlines())
             while self._thread.delivery.sent < lines and time.monotonic() < end:
                 time.sleep(0.005)
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -458,3 +461,38 @@ def test_a_subject_is_what_it_says(counter: Any, tmp_path: Path) -> None:
     subject = Subject("counter", {"every": 3}, tmp_path)
     assert set(subject.hooks) == {"setup", "on_after_optimizer_step", "teardown"}
     assert subject.build().every == 3 and not subject.observer and not subject.launcher and not subject.bundle
+
+
+LIBRARY = """
+import os, warnings
+
+used = False
+
+def use():
+    global used
+    if not used:
+        used = True
+        os.environ["COUNTER"] = "the address of a service"
+        warnings.filterwarnings("ignore", "a warning of this library")
+"""
+
+
+@pytest.mark.parametrize("where", ["at its first use", "in every run"])
+def test_what_a_library_that_was_imported_before_adds_at_its_first_use_is_told_from_what_the_plugin_adds(
+    where: str, counter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "acme_library.py").write_text(LIBRARY if where == "at its first use" else LIBRARY.replace("if not used", "if True"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(check, "CHECKS", (manners.global_state_is_put_back,))
+    library = importlib.import_module("acme_library")
+    try:
+        counter(("self.count = 0", "self.count = 0; import acme_library; acme_library.use()"))
+        if where == "at its first use":
+            assert check_plugin("counter").passed == ["global state is put back"]
+            assert os.environ["COUNTER"] == "the address of a service", "the library still has it"
+            assert any("a warning of this library" in str(each) for each in warnings.filters)
+        else:
+            lines = failures()["global state is put back"]
+            assert "after a run environment: COUNTER has changed" in lines and "after a run warning filters has changed" in lines
+    finally:
+        sys.modules.pop(library.__name__)

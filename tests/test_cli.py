@@ -21,9 +21,9 @@ def test_plugins_lists_name_package_version_and_whether_the_bundle_uses_it(capsy
     assert main(["plugins"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     rows = {words[0]: words[1:] for words in lines}
-    assert rows["early_stopping"] == ["torchplug-early-stopping", "0.1.0", "available"]
-    assert rows["progress"] == ["torchplug-progress", "0.1.0", "on"]
-    assert rows["standard"] == ["torchplug-standard", "0.1.0", "on"]
+    assert rows["early_stopping"][:3] == ["torchplug-early-stopping", "0.1.0", "available"]
+    assert rows["progress"][:3] == ["torchplug-progress", "0.1.0", "on"]
+    assert rows["standard"][:3] == ["torchplug-standard", "0.1.0", "on"]
 
 
 def test_plugins_reads_metadata_alone():
@@ -89,7 +89,7 @@ def test_explain_shows_for_each_hook_who_is_called_from_which_package_and_why(ca
     assert order.index("1. early_stopping  torchplug-early-stopping 0.1.0  (as listed)") < order.index(
         "2. checkpoint  torchplug-checkpoint 0.1.0"
     )
-    assert "after='*' of checkpoint" in order
+    assert "checkpoint says after='*'" in order
     hook = out[out.index("on_validation_end:") :]
     assert hook.index("early_stopping  torchplug-early-stopping 0.1.0  (as listed)") < hook.index("checkpoint  torchplug-checkpoint 0.1.0")
 

@@ -143,7 +143,7 @@ def followed(page: Path) -> str | None:
 
 
 RUN_HERE = [page for page in PAGES[1:] if any(parts(page)) and not followed(page)]  # README has a test that looks at what it prints
-SLOW = ("docs/distributed.md", "docs/loggers.md")  # one starts processes, the other imports what trackers bring
+SLOW = ("docs/distributed.md", "docs/loggers.md", "plugins/mlflow/README.md")  # start processes, import what trackers bring
 
 
 @pytest.mark.parametrize(
@@ -257,15 +257,6 @@ def test_there_is_a_page_for_every_module_that_plugins_may_use(reference):
         r"^PUBLIC = (\{.*?\})", (ROOT / "tests" / "test_layout.py").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     assert {"torchplug", "torchplug.hookspecs", *(f"torchplug.{name}" for name in reference.MODULES)} == ast.literal_eval(public)
-
-
-def test_figures_that_compare_are_those_that_were_measured():
-    figure = r"[+-]?\d+\.\d+(?!\.)"
-    compared = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8").replace("Lightning 2.6", "").replace("version is 0.1", "")
-    found = re.findall(rf"(?<![\d.]){figure}", re.sub(r"lightning [\d.]+", "", compared))
-    assert len(found) >= 8
-    measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert set(found) <= set(re.findall(figure, measured))
 
 
 # ---------------------------------------------------------------------- the site

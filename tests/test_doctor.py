@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -79,7 +80,16 @@ def test_a_name_that_two_packages_have_is_a_problem(package: Any, capsys: pytest
         package(distribution, GOOD, good="Good")
     assert main(["doctor"]) == 1
     (problem,) = problems(capsys.readouterr().out)
-    assert problem == "plugin 'good' is provided by acme-good 1.0 and other-good 1.0: name it 'acme-good/good', or uninstall one"
+    assert problem == "plugin 'good' is provided by acme-good 1.0 and other-good 1.0: write 'acme-good/good' to take the first"
+
+
+def test_a_package_that_is_there_twice_is_a_problem(package: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = package("acme-good", GOOD, good="Good")
+    shutil.copytree(next(folder.glob("*.dist-info")), folder / "acme_good-0.9.dist-info")
+    assert main(["doctor"]) == 1
+    assert problems(capsys.readouterr().out) == [
+        "plugin 'good': acme-good is installed twice; pip uninstall it twice, and install it again"
+    ]
 
 
 def test_broken_metadata_is_a_problem_of_its_own(doctor: Any, package: Any) -> None:
@@ -120,7 +130,7 @@ def test_a_command_that_cannot_be_imported_or_is_there_twice_is_a_problem(doctor
         (info / "entry_points.txt").write_text(f"[torchplug.commands]\nshout = {distribution.replace('-', '_')}:main\n", encoding="utf-8")
     found = problems(doctor()[1])
     assert sum("cannot be imported: ZeroDivisionError" in each for each in found) == 2
-    assert "command 'shout' is provided by acme-good 1.0 and other-good 1.0: uninstall one" in found
+    assert "the command 'shout' is provided by acme-good 1.0 and other-good 1.0: uninstall one" in found
     assert main(["shout"]) == 2
 
 

@@ -136,7 +136,7 @@ def gan(output: str, folder: Path) -> None:
 def own_plugin(output: str, folder: Path) -> None:
     assert number(r"gradient norm in the end: ([\d.e+-]+)", output) > 0
     assert number(r"validation_time: ([\d.]+) ms", output) > 0
-    assert "grad_norm" in part(r"metrics recorded: (.*)", output)
+    assert "gradient_size" in part(r"metrics recorded: (.*)", output)
     assert number(r"validation loss ([\d.e+-]+)", output) < 0.02  # the noise in the data alone is 0.01
 
 
@@ -252,19 +252,19 @@ def test_own_plugin_becomes_a_package_in_the_way_it_says(tmp_path: Path) -> None
     source = (EXAMPLES / "own_plugin.py").read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    (plugin,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GradNorm"]
+    (plugin,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GradientSize"]
     module = [*(ast.unparse(node) for node in imports), *lines[plugin.decorator_list[0].lineno - 1 : plugin.end_lineno]]
     shown = source[source.index("pyproject.toml ") : source.index("After `pip install")]
 
     package, installed = tmp_path / "package", tmp_path / "installed"
     package.mkdir()
-    (package / "torchplug_grad_norm.py").write_text("\n".join(module) + "\n", encoding="utf-8")
+    (package / "torchplug_gradient_size.py").write_text("\n".join(module) + "\n", encoding="utf-8")
     (package / "pyproject.toml").write_text(re.sub(r"(?m)^( |pyproject\.toml)+", "", shown), encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(installed), str(package)]
     subprocess.run(pip, check=True, timeout=120)
 
     script = tmp_path / "use.py"
-    script.write_text("from torchplug import Trainer\nprint(Trainer(plugins=[{'grad_norm': {'norm_type': 1.0}}]).enabled)\n")
+    script.write_text("from torchplug import Trainer\nprint(Trainer(plugins=[{'gradient_size': {'norm_type': 1.0}}]).enabled)\n")
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
-    assert "{'grad_norm': GradNorm(norm_type=1.0)}" in done.stdout, done.stderr
+    assert "{'gradient_size': GradientSize(norm_type=1.0)}" in done.stdout, done.stderr

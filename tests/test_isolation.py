@@ -29,7 +29,7 @@ LAYERS = [
     {"resume", "trials"},
     {"averaging", "module"},
     {"launching", "loop", "members"},
-    {"dispatch", "operations", "plugins", "prepare"},
+    {"dispatch", "operations", "ordering", "plugins", "prepare"},
     {"config", "precision"},
     {"distributed", "trainer"},
     {"checkpoint_cli", "doctor", "listing", "new", "replay"},

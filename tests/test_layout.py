@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import torchplug
 from torchplug.members import PARAMETERS
@@ -23,16 +24,25 @@ else:
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(each for each in (ROOT / "plugins").iterdir() if each.is_dir() and not each.name.startswith((".", "_")))
+PACKAGES = [ROOT, ROOT / "cli", *FOLDERS]
+TYPED = "Typing :: Typed"
 PUBLIC = {
     "torchplug", "torchplug.averaging", "torchplug.checkpoint", "torchplug.distributed", "torchplug.hookspecs", "torchplug.launching",
     "torchplug.optimizers", "torchplug.sharded", "torchplug.testing", "torchplug.tracking", "torchplug.trials",
 }  # fmt: skip
 
 each_plugin = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+each_package = pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: "core" if folder == ROOT else folder.name)
 
 
 def project(folder: Path) -> dict[str, Any]:
     return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def required(name: str) -> list[str]:
+    """What a file of requirements asks for, line by line."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def module_file(folder: Path) -> Path:
@@ -64,15 +74,66 @@ def test_folder_entry_point_module_and_distribution_have_one_name(folder: Path) 
     assert module_file(folder).exists()
 
 
-@each_plugin
-def test_a_plugin_is_packaged_like_every_other(folder: Path) -> None:
-    whole, described = project(folder), project(folder)["project"]
+@each_package
+def test_a_package_is_described_like_every_other(folder: Path) -> None:
+    whole, described, core = project(folder), project(folder)["project"], project(ROOT)["project"]
     assert whole["build-system"] == {"requires": ["hatchling"], "build-backend": "hatchling.build"}
-    assert set(whole.get("tool", {})) <= {"hatch"}, "tools are configured in the root alone"
-    assert "torchplug>=0.1,<0.2" in described["dependencies"]
+    assert set(whole.get("tool", {})) <= {"hatch"} or folder == ROOT, "tools are configured in the root alone"
     assert (described["requires-python"], described["license"], described["readme"]) == (">=3.10", "Apache-2.0", "README.md")
     assert re.fullmatch(r"\d+\.\d+\.\d+", described["version"])
     assert described["description"] and not described["description"].endswith(".")
+    assert (described["version"], described["authors"]) == (core["version"], core["authors"])
+    typed = [TYPED] if any(folder.glob("*/torchplug*/py.typed")) else []
+    assert described["classifiers"] == [each for each in core["classifiers"] if each != TYPED] + typed
+    words = described["keywords"]
+    assert {"pytorch", "training"} <= set(words) and len(words) == len(set(words)) > 3
+
+
+@each_package
+def test_a_package_carries_the_licence(folder: Path) -> None:
+    assert project(folder)["project"]["license-files"] == ["LICENSE"]
+    file = folder / "LICENSE"
+    assert not file.is_symlink(), "an sdist would have a link to a file that is not in it"
+    assert file.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+@each_package
+def test_a_package_needs_torchplug_in_the_range_of_its_version_and_a_lowest_version_of_everything_else(folder: Path) -> None:
+    described = project(folder)["project"]
+    needed = [Requirement(each) for each in described["dependencies"]]
+    assert ("torchplug" in {each.name for each in needed}) == (folder != ROOT)
+    for each in [*needed, *(Requirement(text) for extra in described.get("optional-dependencies", {}).values() for text in extra)]:
+        if each.name.startswith("torchplug"):
+            assert str(each.specifier) == "<0.2,>=0.1"
+            assert project(ROOT)["project"]["version"] in each.specifier
+        else:
+            assert [bound.operator for bound in each.specifier] == [">="], f"{each} has no lowest version, or more than that"
+
+
+def test_the_version_is_one_and_the_template_asks_for_its_range() -> None:
+    assert project(ROOT)["project"]["version"] == torchplug.__version__
+    assert project(ROOT / "core" / "torchplug" / "template")["project"]["dependencies"] == ["torchplug>=0.1,<0.2"]
+
+
+def test_the_lowest_versions_are_the_ones_that_are_tested() -> None:
+    needed = [Requirement(text) for folder in PACKAGES for text in project(folder)["project"]["dependencies"]]
+    stated = {f"{each.name}{each.specifier}".replace(">=", "==") for each in needed if not each.name.startswith("torchplug")}
+    assert required("requirements-lowest.txt") == sorted(stated)
+
+
+def test_the_extras_bring_the_standard_plugins_or_everything() -> None:
+    extras = project(ROOT)["project"]["optional-dependencies"]
+    names = {extra: [Requirement(text).name for text in texts] for extra, texts in extras.items()}
+    assert names == {"standard": ["torchplug-standard"], "all": [project(folder)["project"]["name"] for folder in PACKAGES[1:]]}
+
+
+def test_the_first_command_installs_the_bundle_from_its_folders_and_the_second_one_everything() -> None:
+    bundle = [Requirement(text).name for text in project(ROOT / "plugins" / "standard")["project"]["dependencies"]]
+    folders = {f"./plugins/{name.removeprefix('torchplug-').replace('-', '_')}" for name in bundle[1:]}
+    assert {".", "./plugins/standard", *folders} <= set(required("requirements.txt"))
+    editable = [line.removeprefix("-e ./") for line in required("requirements-dev.txt") if line.startswith("-e ./")]
+    assert editable == [str(folder.relative_to(ROOT)) for folder in PACKAGES[1:]]
+    assert "-e ." in required("requirements-dev.txt")
 
 
 @each_plugin

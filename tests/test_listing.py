@@ -35,7 +35,9 @@ def site(folder: Path, distributions: int, plugins: int) -> Path:
     for i in range(distributions):
         info = folder / f"package_{i}-1.{i}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: package-{i}\nVersion: 1.{i}\n\nA text.\nName: no\n", encoding="utf-8")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: package-{i}\nVersion: 1.{i}\nSummary: Does thing {i} \n\nA text.\nName: no\n", encoding="utf-8"
+        )
         group = "torchplug" if i < plugins else "console_scripts"
         if i % 3 == 0 or i < plugins:
             (info / "entry_points.txt").write_text(f"[{group}]\nname_{i} = package_{i}:Class\n", encoding="utf-8")
@@ -53,8 +55,8 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_with_300_packages_it_looks_once_at_each_and_imports_nothing(tmp_path: Path) -> None:
     lines = python(WATCH, site(tmp_path / "site", 300, 20)).stdout.splitlines()
     seen = json.loads(lines[-1])
-    listed = [line.split()[:3] for line in lines if line.startswith("name_")]
-    assert sorted(listed) == sorted([f"name_{i}", f"package-{i}", f"1.{i}"] for i in range(20))
+    listed = [line.split(maxsplit=4) for line in lines if line.startswith("name_")]
+    assert sorted(listed) == sorted([f"name_{i}", f"package-{i}", f"1.{i}", "available", f"Does thing {i}"] for i in range(20))
     assert seen["imported"] == [] and seen["heavy"] == []
     mine = [path for path in seen["read"] if "/package_" in path]
     assert len(mine) == 300 + 20 + 20, "entry points of all, and those and METADATA of the plugins"

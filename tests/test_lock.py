@@ -14,6 +14,7 @@ import pytest
 
 from torchplug import PluginError, Trainer, hookimpl
 from torchplug.cli import main
+from torchplug.testing import hermetic
 
 SOURCE = """
     from torchplug import hookimpl
@@ -88,7 +89,9 @@ def test_other_code_of_the_same_version_is_refused(locked: Path, shout: Path) ->
     record(shout)
     message = refused(locked)
     assert message.startswith(f"{locked} refuses plugin 'shout' (acme-shout 1.0): hash sha256=")
-    assert message.endswith(f"install acme-shout==1.0, or to accept what is installed now, write the lock anew: torchplug lock {locked}")
+    assert message.endswith(
+        f"install acme-shout==1.0, or to accept what is installed now, write the lock anew: torchplug lock {locked} --plugins shout"
+    )
     assert "acme_shout" not in sys.modules
 
 
@@ -108,9 +111,18 @@ def test_another_package_of_the_same_plugin_is_refused(locked: Path, shout: Path
 
 
 def test_a_plugin_that_is_not_in_the_lock_is_refused(locked: Path) -> None:
-    assert refused(locked, {"early_stopping": {"monitor": "x"}}).startswith(
-        f"{locked} refuses plugin 'early_stopping' (torchplug-early-stopping 0.1.0), which is not in it; to accept"
+    assert refused(locked, {"early_stopping": {"monitor": "x"}}) == (
+        f"{locked} refuses plugin 'early_stopping' (torchplug-early-stopping 0.1.0), which is not in it; to accept what is installed now, "
+        f"write the lock anew: torchplug lock {locked} --plugins shout,early_stopping"
     )
+
+
+def test_a_lock_of_all_plugins_is_written_anew_with_all_of_them(shout: Path, package: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with hermetic("shout"):
+        assert main(["lock", "all.lock"]) == 0
+    record(package("acme-whisper", SOURCE, whisper="Shout"))
+    with hermetic("shout", "whisper"):
+        assert refused(Path("all.lock"), "whisper").endswith("write the lock anew: torchplug lock all.lock")
 
 
 def test_an_object_of_a_package_is_held_to_the_lock_and_one_of_the_script_is_not(locked: Path, shout: Path) -> None:

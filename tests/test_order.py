@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from torchplug import PluginError, hookimpl
 from torchplug.members import Member
-from torchplug.plugins import build, order
+from torchplug.ordering import order
+from torchplug.plugins import build
 
 
 def member(name: str, **wishes: Any) -> Member:
@@ -122,7 +123,7 @@ def test_a_plugin_may_ask_for_an_instance_or_for_all_instances_of_a_name() -> No
 
 def test_each_member_knows_the_rule_that_placed_it() -> None:
     rules = {each.name: each.rule for each in order([member("b", after="a"), member("a"), member("z", after="*")])}
-    assert rules == {"a": "as listed", "b": "after='a' of b", "z": "after='*' of z"}
+    assert rules == {"a": "as listed", "b": "b says after='a'", "z": "z says after='*'"}
 
 
 # ---------------------------------------------------------------------- cycles
@@ -133,12 +134,12 @@ def test_a_cycle_is_printed_with_the_wishes_that_make_it() -> None:
     with pytest.raises(PluginError) as caught:
         order(members)
     assert str(caught.value) == (
-        "plugins ask for an order that cannot be: a -> b -> c -> a (after='a' of b; after='b' of c; after='c' of a)"
+        "plugins ask for an order that cannot be: a -> b -> c -> a (b says after='a'; c says after='b'; a says after='c')"
     )
 
 
 def test_before_and_after_that_contradict_each_other_are_a_cycle() -> None:
-    with pytest.raises(PluginError, match=r"cannot be: a -> b -> a \(after='a' of b; before='a' of b\)"):
+    with pytest.raises(PluginError, match=r"cannot be: a -> b -> a \(b says after='a'; b says before='a'\)"):
         order([member("a"), member("b", before="a", after="a")])
 
 

@@ -262,7 +262,8 @@ def test_what_a_run_could_not_write_is_asked_for(project, text, said, given):
         (["module.class_path=nets.loaders"], "module.class_path: 'nets.loaders' is no subclass of torchplug.Module"),
         (["module.init_args.rate=0.1"], "module.init_args: Net has no argument 'rate' (arguments: lr, tag, fails, ends)"),
         (["module.init_args.lrr=0.1"], "Net has no argument 'lrr', did you mean 'lr'?"),
-        (["module.init_args.lr=high"], 'module.init_args: Parser key "lr": Expected '),
+        (["module.init_args.lr=high"], "module.init_args.lr must be of type float, got high"),
+        (["module.init_args.ends=[1]"], "module.init_args.ends must be of type str or None, got [1]"),
         (["module.class_path=nets.Built"], "module.init_args: "),
         (["module.class_path=nets.Built", "--set", "module.init_args.encoder.class_path=nets.Nope"], "has no attribute 'Nope'"),
         (["data.class_path=nets.EXTRA"], "there is no 'EXTRA' in 'nets'"),
@@ -339,7 +340,10 @@ def test_an_error_is_no_mistake_of_the_call_where_it_comes_from_the_users_code_o
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_ends_it_with_the_code_of_the_core(project, programs, name):
     done = programs.run(START, "fit", "config.yaml", "--set", f"module.init_args.ends={name}", cwd=project.folder)
-    assert done.returncode in ({-signal.SIGINT, 130} if name == "SIGINT" else {128 + getattr(signal, name)}), done.stderr
+    if name == "SIGINT":  # 1 where something runs code at the end of the interpreter, as torch's compiler does
+        assert done.returncode in {-signal.SIGINT, 130, 1} and "\nKeyboardInterrupt" in done.stderr, done.stderr
+    else:
+        assert done.returncode == 128 + getattr(signal, name), done.stderr
     assert load(project.folder / "runs/Net/version_0/checkpoints/last.safetensors")["position"]["step"] == 1
 
 

@@ -120,7 +120,7 @@ def test_without_a_file_it_is_a_template_with_the_plugins_that_a_trainer_has(pro
         ("plugins.early_stopping.patince=1", "did you mean 'patience'?"),
         ("plugins.emma={}", "did you mean 'ema'?"),
         ("module.init_args.lrr=1", "did you mean 'lr'?"),
-        ("module.init_args.lr=x", "Got value: x"),
+        ("module.init_args.lr=x", "module.init_args.lr must be of type float, got x"),
     ],
 )
 def test_a_mistake_is_said_here_too(project, setting, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,11 @@ def blame(error: BaseException, members: Iterable[Member], rank: int) -> None:
     """Notes on ``error`` the plugin, package, version, hook and rank it came from, if it came from a hook."""
     if isinstance(error, KeyboardInterrupt) or any(note.startswith("raised by ") for note in getattr(error, "__notes__", [])):
         return  # whoever was running when Ctrl-C came has done nothing
+    members = list(members)
+    if unsafe := re.match(r"plugins\.([^.[ ]+).* cannot be saved: ", str(error)):  # torchplug.codec says where a value stands
+        label = next((member.label for member in members if member.name == unsafe[1]), f"plugin {unsafe[1]!r}")
+        add_note(error, f"raised by {label} in state_dict, rank {rank}")  # whoever wrote it down has done nothing
+        return
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = _culprit(reversed(frames), members)
     if found is not None:

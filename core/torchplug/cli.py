@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import torchplug
-from torchplug.discovery import COMMANDS, Found, PluginError, scan
+from torchplug.discovery import COMMANDS, Found, PluginError, clash, scan
 
 __all__ = ["main"]
 
@@ -47,8 +47,7 @@ def _main(words: list[str]) -> int:
         brought, unreadable = scan(COMMANDS)
         meant = [each for each in brought if each.name == name]
         if len(meant) > 1:
-            both = " and ".join(f"{each.distribution} {each.version}" for each in meant)
-            raise PluginError(f"the command {name!r} is provided by {both}: uninstall one")
+            raise PluginError(clash("the command", meant))
         if meant:
             code: int = meant[0].load()(words[1:])
             return code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
 __all__ = [
-    "BUNDLE", "COMMANDS", "GROUP", "SWITCH", "Catalogue", "Found", "PluginError", "bare", "discover", "find", "installed", "load",
+    "BUNDLE", "COMMANDS", "GROUP", "SWITCH", "Catalogue", "Found", "PluginError", "bare", "clash", "discover", "find", "installed", "load",
     "scan",
 ]  # fmt: skip
 
@@ -45,6 +45,7 @@ class Found(NamedTuple):
         distribution: the package.
         version: the package's version.
         folder: the folder with the package's metadata.
+        summary: what the package says of itself in one sentence; empty if it does not.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     distribution: str
     version: str
     folder: str
+    summary: str
 
     @property
     def package(self) -> Distribution:
@@ -149,14 +151,11 @@ class Catalogue:
             PluginError: it is not installed, or several packages have it.
         """
         distribution, _, plain = name.rpartition("/")
-        hits = [each for each in self.found if each.name == plain and _same(distribution or each.distribution, each.distribution)]
+        hits = [each for each in self.found if each.name == plain and _key(distribution) in ("", _key(each.distribution))]
         if len(hits) == 1:
             return hits[0]
-        if len({_key(each.distribution) for each in hits}) == 1 and hits:
-            raise PluginError(f"plugin {plain!r}: {hits[0].distribution} is installed twice; pip uninstall it twice, and install it again")
         if hits:
-            both = " and ".join(f"{each.distribution} {each.version}" for each in hits)
-            raise PluginError(f"plugin {plain!r} is provided by {both}: write {hits[0].distribution + '/' + plain!r} to take the first")
+            raise PluginError(clash("plugin", hits))
         from torchplug.options import closest
 
         names = [each.name for each in self.found]
@@ -184,6 +183,16 @@ def bare() -> bool:
     return value == "none"
 
 
+def clash(what: str, several: Sequence[Found]) -> str:
+    """What is wrong where several packages have an entry point of one name, and what to do; ``what`` is "plugin" or "the command"."""
+    first = several[0]
+    if len({_key(each.distribution) for each in several}) == 1:
+        return f"{what} {first.name!r}: {first.distribution} is installed twice; pip uninstall it twice, and install it again"
+    both = " and ".join(f"{each.distribution} {each.version}" for each in several)
+    remedy = f"write {f'{first.distribution}/{first.name}'!r} to take the first" if what == "plugin" else "uninstall one"
+    return f"{what} {first.name!r} is provided by {both}: {remedy}"
+
+
 def _holds(marker: str) -> bool:
     """Whether a requirement counts here: one for another Python does not, nor does one of an extra or of another system."""
     python = re.fullmatch(r"""python_(?:full_)?version\s*(<=|>=|<|>|==|!=)\s*['"]([\d.]+)['"]""", marker)
@@ -195,10 +204,6 @@ def _holds(marker: str) -> bool:
 def _key(distribution: str) -> str:
     """Names of packages are the same whatever stands between their words."""
     return re.sub(r"[-_.]+", "_", distribution).lower()
-
-
-def _same(one: str, other: str) -> bool:
-    return _key(one) == _key(other)
 
 
 def scan(group: str) -> tuple[list[Found], list[str]]:
@@ -249,15 +254,16 @@ def _entries(folder: str, group: str) -> Iterator[Found]:
             name, _, value = (part.strip() for part in line.partition("="))
             if not (name and value):
                 raise ValueError(f"entry_points.txt has the line {line!r}, which is not name = module:attribute")
-            yield Found(name, value, *_described(folder), folder)
+            distribution, version, summary = _described(folder)
+            yield Found(name, value, distribution, version, folder, summary)
 
 
-def _described(folder: str) -> tuple[str, str]:
-    """Name and version of a package."""
-    fields = dict(re.findall(r"^(Name|Version): *(\S+)", _header(folder), re.MULTILINE))
-    if len(fields) < 2:
+def _described(folder: str) -> tuple[str, str, str]:
+    """Name, version and summary of a package."""
+    fields = dict(re.findall(r"^(Name|Version|Summary): *(\S.*?)\s*$", _header(folder), re.MULTILINE))
+    if not {"Name", "Version"} <= fields.keys():
         raise ValueError(f"{METADATA[os.path.splitext(folder)[1]]} has no name or no version")
-    return fields["Name"], fields["Version"]
+    return fields["Name"], fields["Version"], fields.get("Summary", "")
 
 
 def _header(folder: str) -> str:

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,7 +40,7 @@ from torchplug.options import check_fields, duration
 from torchplug.run import Run
 from torchplug.signals import leave
 
-__all__ = ["RankFailed", "Ranks", "handlers_kept"]
+__all__ = ["RankFailed", "Ranks", "handlers_kept", "same"]
 
 logger = logging.getLogger("torchplug")
 HOW = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
@@ -90,6 +90,9 @@ class Ranks:
 
     @hookimpl
     def launch(self, run: Run, main: Task) -> Done | None:
+        strategies = [name for name, plugin in run.plugins.items() if isinstance(plugin, Ranks)]
+        if len(strategies) > 1:
+            raise ValueError(f"a run has one strategy, and {' and '.join(strategies)} are enabled: leave all but one out")
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             return self._take_part(run, main)
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # torch and Python have no public way to ask
@@ -322,6 +325,15 @@ class Ranks:
     def barrier(self) -> bool:
         dist.barrier(_cpu)
         return True
+
+
+def same(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Every rank takes the values of rank 0, which go from ``device`` to ``device``, wherever the tensors are."""
+    for tensor in map(Tensor.detach, tensors):
+        values = tensor.to(device).contiguous()
+        dist.broadcast(values, 0)
+        if values.data_ptr() != tensor.data_ptr():
+            tensor.copy_(values)
 
 
 def _of_now(store: Store, rank: int, world: int, timeout: timedelta) -> Store:

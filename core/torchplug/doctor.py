@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torchplug
-from torchplug.discovery import COMMANDS, SWITCH, Catalogue, Found, PluginError, bare, scan
+from torchplug.discovery import COMMANDS, SWITCH, Catalogue, Found, PluginError, bare, clash, scan
 from torchplug.lock import FILE, Lock, differences
 from torchplug.options import fields_of
 
@@ -100,13 +100,9 @@ def _problems(catalogue: Catalogue) -> Iterator[str]:
     yield from catalogue.unreadable
     commands = scan(COMMANDS)[0]
     yield from filter(None, map(_wrong_with, commands))
-    for what, listed in (("plugin", catalogue.found), ("command", commands)):
-        for name, group in groupby(listed, lambda each: each.name):
-            several = list(group)
-            if len(several) > 1:
-                both = " and ".join(f"{each.distribution} {each.version}" for each in several)
-                remedy = f"name it {several[0].distribution + '/' + name!r}, or uninstall one" if what == "plugin" else "uninstall one"
-                yield f"{what} {name!r} is provided by {both}: {remedy}"
+    for what, listed in (("plugin", catalogue.found), ("the command", commands)):
+        groups = (list(group) for _, group in groupby(listed, lambda each: each.name))
+        yield from (clash(what, several) for several in groups if len(several) > 1)
 
 
 def _different(catalogue: Catalogue, path: str | None) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 from torchplug.discovery import PluginError, discover, find
 from torchplug.members import PARAMETERS, Member
 from torchplug.options import closest, fields_of
-from torchplug.plugins import build, order
+from torchplug.ordering import order
+from torchplug.plugins import build
 from torchplug.settings import RENAMED, Settings
 
 __all__ = ["add_command"]

@@ -1,4 +1,4 @@
-# written by core/make_stub.py from hookspecs.py
+# the class is written by core/make_stub.py from hookspecs.py
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
@@ -11,7 +11,7 @@ from torchplug.launching import Task
 from torchplug.optimizers import Scheduler
 from torchplug.run import Run
 
-__all__ = ["Hooks", "hookimpl"]
+__all__ = ["SPECS", "Hooks", "hookimpl"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Arguments = ParamSpec("Arguments")
@@ -26,6 +26,7 @@ def hookimpl(
 ) -> Callable[[Callable[Arguments, Generator[None, Received, Answer]]], Callable[Arguments, Answer]]: ...
 
 event: pluggy.HookspecMarker
+SPECS: dict[str, Any]
 
 def operation(function: Function) -> Function: ...
 def action(function: Function) -> Function: ...

@@ -48,7 +48,9 @@ def _bundled(found: Sequence[Found]) -> list[str]:
 
 def _row(found: Found, on: bool) -> dict[str, Any]:
     state = "on" if on else "available"
-    return {"name": found.name, "distribution": found.distribution, "version": found.version, "state": state}
+    return {
+        "name": found.name, "distribution": found.distribution, "version": found.version, "state": state, "summary": found.summary,
+    }  # fmt: skip
 
 
 def _details(found: Found) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     package = max(len(f"{row['distribution']} {row['version']}") for row in rows)
     for row in rows:
         origin = f"{row['distribution']} {row['version']}"
-        print(f"{row['name']:<{width}}  {origin:<{package}}  {row['state']}")
+        print(f"{row['name']:<{width}}  {origin:<{package}}  {row['state']:<{len('available')}}  {row['summary']}".rstrip())
         if "error" in row:
             print(f"    {row['error']}")
         if row.get("bundle"):

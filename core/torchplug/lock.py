@@ -16,9 +16,9 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from torchplug.discovery import Catalogue, Found, PluginError
+from torchplug.discovery import Catalogue, Found, PluginError, discover
 
-__all__ = ["Lock", "add_command", "fingerprint"]
+__all__ = ["FILE", "Lock", "add_command", "differences"]
 
 FILE = "torchplug.lock"
 CORE = "torchplug"
@@ -73,7 +73,7 @@ class Lock:
         self._compare("torchplug", CORE, _core())
 
     def _compare(self, label: str, name: str, package: Distribution) -> None:
-        anew = f"to accept what is installed now, write the lock anew: torchplug lock {self.path}"
+        anew = f"to accept what is installed now, write the lock anew: {self._command(name)}"
         if name not in self.packages:
             raise PluginError(f"{self.path} refuses {label}, which is not in it; {anew}")
         try:
@@ -86,6 +86,12 @@ class Lock:
                     f"{self.path} refuses {label}: {key} {mine[key]} is installed, {locked[key]} is locked; "
                     f"install {locked['distribution']}=={locked['version']}, or {anew}"
                 )
+
+    def _command(self, name: str) -> str:
+        """What writes the lock anew, with the same plugins and ``name``."""
+        there = {each.name for each in discover()}
+        wanted = [each for each in dict.fromkeys([*self.packages, name]) if each in there]
+        return f"torchplug lock {self.path}" + (f" --plugins {','.join(wanted)}" if wanted and there - {*wanted} else "")
 
 
 def _core() -> Distribution:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torchplug.data import DataModule
 from torchplug.discovery import PluginError
-from torchplug.hookspecs import Hooks
+from torchplug.hookspecs import SPECS, Hooks
 from torchplug.module import STEPS, Module
 from torchplug.options import closest
 
@@ -20,11 +20,10 @@ __all__ = ["ACTIONS", "CLOSING", "OPERATIONS", "PARAMETERS", "Member"]
 
 logger = logging.getLogger("torchplug")
 
-_SPECS = {name: spec for name, spec in vars(Hooks).items() if hasattr(spec, "torchplug_spec")}
-PARAMETERS = {name: tuple(inspect.signature(spec).parameters)[1:] for name, spec in _SPECS.items()}
-OPERATIONS = {name for name, spec in _SPECS.items() if spec.torchplug_spec["firstresult"]}
-ACTIONS = {name for name, spec in _SPECS.items() if hasattr(spec, "torchplug_action")}
-CLOSING = {name for name, spec in _SPECS.items() if hasattr(spec, "torchplug_closing")}
+PARAMETERS = {name: tuple(inspect.signature(spec).parameters)[1:] for name, spec in SPECS.items()}
+OPERATIONS = {name for name, spec in SPECS.items() if spec.torchplug_spec["firstresult"]}
+ACTIONS = {name for name, spec in SPECS.items() if hasattr(spec, "torchplug_action")}
+CLOSING = {name for name, spec in SPECS.items() if hasattr(spec, "torchplug_closing")}
 
 Kind = Literal["plugin", "module", "data module", "core"]
 

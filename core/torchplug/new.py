@@ -23,6 +23,7 @@ from typing import Any
 
 from torchplug import skeleton
 from torchplug.discovery import PluginError, discover
+from torchplug.hookspecs import SPECS
 from torchplug.options import closest
 from torchplug.settings import Settings
 
@@ -140,7 +141,7 @@ def _wrong_with(names: Names) -> str:
         return f"is a placeholder; {SOMETHING}"
     if words[-1] in ("plugin", "callback"):
         return f"stands where plugins are named: leave the last word out, write {'_'.join(words[:-1])!r}"
-    if name in skeleton.HOOKS:
+    if name in SPECS:
         return f"is a hook; {SOMETHING}"
     if name in MEANT_OTHERWISE or name in (field.name for field in dataclasses.fields(Settings)):
         return f"means something to Trainer; {SOMETHING}"
@@ -195,9 +196,9 @@ def _hooks(events: str) -> list[str]:
     if not asked:
         raise PluginError(f"--events takes hooks, such as on_train_batch_end,on_validation_end, got {events!r}")
     for name in asked:
-        if name not in skeleton.HOOKS:
-            raise PluginError(f"--events: there is no hook {name!r}{closest(name, skeleton.HOOKS)} (hooks: {', '.join(skeleton.HOOKS)})")
-    return [name for name in skeleton.HOOKS if name in asked]
+        if name not in SPECS:
+            raise PluginError(f"--events: there is no hook {name!r}{closest(name, SPECS)} (hooks: {', '.join(SPECS)})")
+    return [name for name in SPECS if name in asked]
 
 
 def _with(text: str, replaced: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,12 @@ from torchplug.options import closest
 if TYPE_CHECKING:
     from torchplug.run import Run
 
-__all__ = ["ManualOptimizer", "Scheduler", "needs_closure", "only", "outside_of_autocast", "parse"]
+__all__ = ["ManualOptimizer", "Scheduler", "change_rates", "inner_schedulers", "needs_closure", "only", "outside_of_autocast", "parse"]
+__all__ += ["set_rate"]
+
+# torch has no public way to change the rates that a schedule starts from, to add a group to it, or to ask what it is made of
+GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group; OneCycleLR and others write there too
+SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")  # of a scheduler, one for each group
 
 FORMS = (
     "one optimizer, a list of them, a tuple (optimizers, schedulers), or dicts with 'optimizer' and, if wanted, "
@@ -128,6 +133,33 @@ def needs_closure(optimizer: Optimizer) -> bool:
     """Whether ``step`` cannot do without a closure (LBFGS)."""
     parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
     return parameter is not None and parameter.default is parameter.empty
+
+
+def inner_schedulers(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, and those that it is made of (SequentialLR, ChainedScheduler)."""
+    yield scheduler
+    for each in getattr(scheduler, "_schedulers", ()):
+        yield from inner_schedulers(each)
+
+
+def set_rate(group: dict[str, Any], name: str, rate: float) -> None:
+    """Sets a rate of a parameter group; one that is a tensor stays the same tensor, as others look at it."""
+    if isinstance(group[name], torch.Tensor):
+        group[name].fill_(rate)
+    else:
+        group[name] = rate
+
+
+def change_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[Scheduler], change: Callable[[float], float]) -> None:
+    """Puts ``change(rate)`` in the place of every learning rate: those of the groups, and those that schedulers go by."""
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        for name in GROUP_RATES:
+            if isinstance(group.get(name), (int, float, torch.Tensor)):
+                set_rate(group, name, change(float(group[name])))
+    for scheduler in [inner for each in schedulers for inner in inner_schedulers(each.scheduler)]:
+        for name in SCHEDULER_RATES:
+            if isinstance(getattr(scheduler, name, None), list):
+                setattr(scheduler, name, [change(float(rate)) for rate in getattr(scheduler, name)])
 
 
 @contextmanager

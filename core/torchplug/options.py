@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Range", "above", "at_least", "check_fields", "check_values", "closest", "discreet", "documentation", "duration", "fields_of"]
+__all__ = [
+    "Range",
+    "above",
+    "at_least",
+    "check_fields",
+    "check_values",
+    "closest",
+    "default_of",
+    "discreet",
+    "documentation",
+    "duration",
+    "fields_of",
+]
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,11 @@ def documentation(cls: type) -> dict[str, str]:
     return texts
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field, made anew where a factory makes it; MISSING if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def fields_of(cls: type) -> list[Field]:
     """The options of a plugin or of the Trainer: public dataclass fields with type, range, default and text."""
     if not dataclasses.is_dataclass(cls):
@@ -181,16 +198,12 @@ def fields_of(cls: type) -> list[Field]:
     for field in dataclasses.fields(cls):
         if not field.init or field.name.startswith("_"):
             continue
-        if field.default is not dataclasses.MISSING:
-            default = repr(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = repr(field.default_factory())
-        else:
-            default = "required"
+        default = default_of(field)
         ranges = [str(allowed) for _, allowed in _parts(hints[field.name]) if allowed]
         names = [str(part) if typing.get_origin(part) else getattr(part, "__name__", str(part)) for part, _ in _parts(hints[field.name])]
         kinds = " | ".join(dict.fromkeys(name.replace("NoneType", "None").replace("typing.", "") for name in names))
-        found.append(Field(field.name, kinds, ", ".join(dict.fromkeys(ranges)), default, texts.get(field.name, "")))
+        shown = "required" if default is dataclasses.MISSING else repr(default)
+        found.append(Field(field.name, kinds, ", ".join(dict.fromkeys(ranges)), shown, texts.get(field.name, "")))
     return found
 
 

@@ -1,4 +1,4 @@
-"""From names to plugins: build them from options, put them in order.
+"""From names to plugins: find them, build them from options.
 
 Only what is named is imported. How to write a plugin: one class with a few
 ``@hookimpl`` methods, its options as dataclass fields, and an entry point in the group ``torchplug``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from torchplug.members import Member
 from torchplug.options import check_fields, check_values, closest, fields_of
 from torchplug.settings import Settings
 
-__all__ = ["build", "mentioned", "named", "order"]
+__all__ = ["GPU", "PROFILER", "build", "build_one", "mentioned", "named"]
 
 logger = logging.getLogger("torchplug")
 
@@ -105,38 +104,49 @@ def build(named: Sequence[Any], lock: Lock | None = None) -> list[Member]:
     Raises:
         PluginError: a name, option or object that cannot be used, or a package that is not the locked one.
     """
-    catalogue = Catalogue()
-    directly = mentioned(named, catalogue)
-    members: dict[str, Member] = {}
+    builder = _Builder(named, lock)
+    for each in named:
+        builder.add_any(each)
+    builder.add_required()
+    return list(builder.members.values())
 
-    def check(found: Found) -> None:
-        found.check_version()
-        if lock is not None:
-            lock.check(found)
 
-    def origin(plugin: Any) -> Found | None:
-        found = catalogue.origin(plugin)
-        if found:
-            check(found)
-        return found
+class _Builder:
+    """Makes members of plugins, one after the other."""
 
-    def add(name: str, plugin: Any, found: Found | None) -> None:
-        if name in members:
-            raise PluginError(
-                f"{members[name].label}: named twice; give the instances names of their own: {{'{name}:a': ...}}, {{'{name}:b': ...}}"
-            )
-        distribution, version = (found.distribution, found.version) if found else ("", "")
-        members[name] = Member(name, plugin, distribution=distribution, version=version)
+    def __init__(self, named: Sequence[Any], lock: Lock | None) -> None:
+        self.catalogue, self.lock = Catalogue(), lock
+        self.directly = mentioned(named, self.catalogue)
+        self.members: dict[str, Member] = {}
 
-    def add_named(name: str, options: Any) -> None:
+    def add_any(self, each: Any) -> None:
+        """A plugin in one of the three ways in which a user writes it."""
+        if isinstance(each, str):
+            self.add_named(each, {})
+        elif isinstance(each, Mapping):
+            if len(each) != 1:
+                raise PluginError(f"plugins takes names, {{name: options}} with one name each, and objects, got {dict(each)!r}")
+            name, options = next(iter(each.items()))
+            if not isinstance(name, str):
+                raise PluginError(f"plugins takes {{name: options}}, got {name!r} as a name")
+            self.add_named(name, {} if options is None else options)
+        else:
+            if inspect.isclass(each):
+                raise PluginError(f"plugin {each.__name__}: got the class, have you forgotten the ()?")
+            _require_object(each)
+            found = self._origin(each)
+            self._add(found.name if found else _snake(type(each).__name__), each, found)
+
+    def add_named(self, name: str, options: Any) -> None:
+        """A plugin by its name, with options or as the object itself; those of a bundle, where it is one."""
         base, _, instance = name.partition(":")
         if not isinstance(options, Mapping):  # {"name": object}
             if type(options).__module__ == "builtins" and not inspect.isclass(options):
                 raise PluginError(f"plugin {name!r}: its options must be a mapping such as {{'option': value}}, got {options!r}")
-            add(name, options, origin(options))
+            self._add(name, options, self._origin(options))
             return
-        found = catalogue.find(base)
-        check(found)
+        found = self.catalogue.find(base)
+        self._check(found)
         target = found.load()
         if isinstance(target, (list, tuple)):
             if options:
@@ -144,43 +154,44 @@ def build(named: Sequence[Any], lock: Lock | None = None) -> list[Member]:
                     f"plugin {base!r} is a bundle of {', '.join(map(str, target))} and takes no options; name its plugins instead"
                 )
             for each in target:
-                if str(each) not in directly:
-                    add_any(each)
+                if str(each) not in self.directly:
+                    self.add_any(each)
             return
         own = found.name + (f":{instance}" if instance else "")
-        add(own, _build_one(own, found, target, dict(options)), found)
+        self._add(own, build_one(own, found, target, dict(options)), found)
 
-    def add_any(each: Any) -> None:
-        if isinstance(each, str):
-            add_named(each, {})
-        elif isinstance(each, Mapping):
-            if len(each) != 1:
-                raise PluginError(f"plugins takes names, {{name: options}} with one name each, and objects, got {dict(each)!r}")
-            name, options = next(iter(each.items()))
-            if not isinstance(name, str):
-                raise PluginError(f"plugins takes {{name: options}}, got {name!r} as a name")
-            add_named(name, {} if options is None else options)
-        else:
-            if inspect.isclass(each):
-                raise PluginError(f"plugin {each.__name__}: got the class, have you forgotten the ()?")
-            _require_object(each)
-            found = origin(each)
-            add(found.name if found else _snake(type(each).__name__), each, found)
+    def add_required(self) -> None:
+        """What those that are there require, and what that requires."""
+        waiting = list(self.members.values())
+        while waiting:
+            member = waiting.pop(0)
+            for name in getattr(member.plugin, "requires", ()):
+                if name not in {other.base for other in self.members.values()}:
+                    try:
+                        self.add_named(name, {})
+                    except PluginError as error:
+                        raise PluginError(f"{member.label} requires the plugin {name!r}: {error}") from error
+                    self.members[name].rule = f"required by {member.name}"
+                    waiting.append(self.members[name])
 
-    for each in named:
-        add_any(each)
-    waiting = list(members.values())
-    while waiting:
-        member = waiting.pop(0)
-        for name in getattr(member.plugin, "requires", ()):
-            if name not in {other.base for other in members.values()}:
-                try:
-                    add_named(name, {})
-                except PluginError as error:
-                    raise PluginError(f"{member.label} requires the plugin {name!r}: {error}") from error
-                members[name].rule = f"required by {member.name}"
-                waiting.append(members[name])
-    return list(members.values())
+    def _add(self, name: str, plugin: Any, found: Found | None) -> None:
+        if name in self.members:
+            raise PluginError(
+                f"{self.members[name].label}: named twice; give the instances names of their own: {{'{name}:a': ...}}, {{'{name}:b': ...}}"
+            )
+        distribution, version = (found.distribution, found.version) if found else ("", "")
+        self.members[name] = Member(name, plugin, distribution=distribution, version=version)
+
+    def _origin(self, plugin: Any) -> Found | None:
+        found = self.catalogue.origin(plugin)
+        if found:
+            self._check(found)
+        return found
+
+    def _check(self, found: Found) -> None:
+        found.check_version()
+        if self.lock is not None:
+            self.lock.check(found)
 
 
 def _require_object(plugin: Any) -> None:
@@ -200,7 +211,7 @@ def mentioned(named: Sequence[Any], catalogue: Catalogue | None = None) -> set[s
     return names
 
 
-def _build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> Any:
+def build_one(name: str, found: Found, cls: Any, options: dict[str, Any]) -> Any:
     """An instance from options, with every mistake in them named."""
     label = found._replace(name=name).label
     if not inspect.isclass(cls):
@@ -260,79 +271,3 @@ def _defaults(cls: type) -> Iterator[tuple[str, Any]]:
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def order(members: Sequence[Member]) -> list[Member]:
-    """The one order in which plugins are called: by their ``before`` and ``after``, else as the user wrote them.
-
-    Raises:
-        PluginError: the wishes form a cycle, which is printed.
-    """
-    earlier: dict[str, dict[str, str]] = {member.name: {} for member in members}  # name -> who comes before it, and why
-    for member in members:
-        for names, mine in (("after", True), ("before", False)):
-            for other in _meant(member, names, members):
-                first, second = (other, member) if mine else (member, other)
-                earlier[second.name][first.name] = f"{names}={_shown(member, names)} of {member.name}"
-    for member in members:  # "*" gives way to what others ask for by name, however indirectly
-        for names, mine in (("after", True), ("before", False)):
-            if "*" not in _wishes(member, names):
-                continue
-            for other in members:
-                first, second = (other, member) if mine else (member, other)
-                if other is not member and "*" not in _wishes(other, names) and not _reaches(second.name, first.name, earlier):
-                    earlier[second.name].setdefault(first.name, f"{names}='*' of {member.name}")
-    placed: list[Member] = []
-    waiting = list(members)
-    while waiting:
-        done = {member.name for member in placed}
-        ready = next((member for member in waiting if earlier[member.name].keys() <= done), None)
-        if ready is None:
-            raise PluginError(f"plugins ask for an order that cannot be: {_cycle(waiting, earlier)}")
-        ready.rule = "; ".join(sorted(set(earlier[ready.name].values()))) or ready.rule
-        placed.append(ready)
-        waiting.remove(ready)
-    return placed
-
-
-def _reaches(start: str, end: str, earlier: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether ``start`` has to come before ``end``."""
-    waiting = [end]
-    seen: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name == start:
-            return True
-        if name not in seen:
-            seen.add(name)
-            waiting.extend(earlier[name])
-    return False
-
-
-def _wishes(member: Member, which: str) -> tuple[str, ...]:
-    wishes = getattr(member.plugin, which, ())
-    wishes = (wishes,) if isinstance(wishes, str) else wishes
-    if not isinstance(wishes, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in wishes):
-        raise PluginError(f"{member.label}: {which} must be a name or several, got {wishes!r}")
-    return tuple(wishes)
-
-
-def _shown(member: Member, which: str) -> str:
-    return ",".join(repr(name) for name in _wishes(member, which))
-
-
-def _meant(member: Member, which: str, members: Sequence[Member]) -> list[Member]:
-    """The enabled members that ``before`` or ``after`` names; absent ones are ignored."""
-    wishes = set(_wishes(member, which)) - {"*"}
-    return [other for other in members if other is not member and (other.name in wishes or other.base in wishes)]
-
-
-def _cycle(waiting: Sequence[Member], earlier: Mapping[str, Mapping[str, str]]) -> str:
-    """One cycle among those that wait, as a chain of names with the wishes that make it."""
-    names = {member.name for member in waiting}
-    path = [waiting[0].name]
-    while path.count(path[-1]) == 1:
-        path.append(next(name for name in earlier[path[-1]] if name in names))
-    path = path[path.index(path[-1]) :][::-1]
-    wishes = [earlier[second][first] for first, second in itertools.pairwise(path)]
-    return " -> ".join(path) + f" ({'; '.join(dict.fromkeys(wishes))})"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from torchplug.options import above, at_least, check_fields, closest, duration
 
-__all__ = ["Settings"]
+__all__ = ["RENAMED", "Settings"]
 
 Precision = Literal["32", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16", "bf16", 16, 32]
 UNFIT = ("SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")  # cannot be taken, or are no request

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torchplug
 from torchplug import hookspecs
+from torchplug.hookspecs import SPECS
 
-__all__ = ["HOOKS", "with_hooks"]
-
-HOOKS = {name: spec for name, spec in vars(hookspecs.Hooks).items() if hasattr(spec, "torchplug_spec")}
+__all__ = ["with_hooks"]
 
 
 def with_hooks(module: str, hooks: Sequence[str]) -> str:
@@ -25,7 +24,7 @@ def with_hooks(module: str, hooks: Sequence[str]) -> str:
     lines, tree = module.splitlines(keepends=True), ast.parse(module)
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))][1:]  # behind `from __future__`
     (cls,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    (method,) = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name in HOOKS]
+    (method,) = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name in SPECS]
     code = ast.get_source_segment(module, method.body[-1]) or ""
     methods = "\n".join(_method(hook, code.replace(method.name, hook)) for hook in hooks)
     head, between = lines[: imports[0].lineno - 1], lines[imports[-1].end_lineno : method.decorator_list[0].lineno - 1]
@@ -34,7 +33,7 @@ def with_hooks(module: str, hooks: Sequence[str]) -> str:
 
 def _method(hook: str, code: str) -> str:
     """A hook as a method of a plugin."""
-    spec = HOOKS[hook]
+    spec = SPECS[hook]
     signature = inspect.signature(spec)
     arguments = ", ".join(["self", *(f"{each.name}: {each.annotation}" for each in list(signature.parameters.values())[1:])])
     line = re.sub(r" *Since [\d.]+\.$", "", (inspect.getdoc(spec) or "").partition("\n")[0])
@@ -61,7 +60,7 @@ def _imports(nodes: Sequence[ast.Import | ast.ImportFrom], hooks: Sequence[str])
 
 def _names(hook: str) -> Iterator[str]:
     """The names in the annotations of a hook."""
-    signature = inspect.signature(HOOKS[hook])
+    signature = inspect.signature(SPECS[hook])
     for annotation in (signature.return_annotation, *(each.annotation for each in list(signature.parameters.values())[1:])):
         for node in ast.walk(ast.parse(str(annotation), mode="eval")):
             if isinstance(node, ast.Name):

@@ -12,9 +12,13 @@ import json
 import logging
 import os
 import shlex
+import sys
 import threading
 import time
+import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -60,6 +64,19 @@ class Place:
     def trial(self) -> bool:
         """Whether it is a ``fast_dev_run``, which must leave nothing behind."""
         return bool(self.start["options"].get("fast_dev_run"))
+
+    @property
+    def name(self) -> str:
+        """What runs of this kind are called: that of Trainer, or the module's class."""
+        return str(self.start["options"].get("name") or self.start["module"])
+
+    def found(self, path: str) -> Path:
+        """Where a file of a record lies now: the directory of the run may have been moved. It may be gone, too."""
+        if Path(path).is_relative_to(self.start["dir"]):
+            moved = self.run_dir / Path(path).relative_to(self.start["dir"])
+            if moved.exists():
+                return moved
+        return Path(path)
 
 
 class Refused(Exception):
@@ -141,17 +158,79 @@ def first(path: Path) -> Record:
     Raises:
         ValueError: there is none, so that this is no journal.
     """
-    reader = Reader(path)
-    try:
-        for line in reader.lines():
-            record: Record = json.loads(line)
-            if record["event"] == "on_run_start":
-                return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the journal of a run ({error})") from error
-    finally:
-        reader.close()
+    with closing(Reader(path)) as reader:
+        try:
+            for line in reader.lines():
+                record: Record = json.loads(line)
+                if record["event"] == "on_run_start":
+                    return record
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the journal of a run ({error})") from error
     raise ValueError(f"{path} does not hold the start of a run")
+
+
+class _Turn:
+    """One sends to a place at a time, the run itself or a replay: what one is writing, another takes for what a killed process left.
+
+    The system ends the turn of a process that dies. Where there are no such locks nobody waits.
+    """
+
+    def __init__(self, place: Place) -> None:
+        goal = place.folder.resolve()
+        self._path = place.journal.with_name(f".{goal.name}.{zlib.crc32(os.fsencode(goal)):08x}.lock")
+        self._file: int | None = None
+        _turns.add(self)
+
+    def begin(self) -> None:
+        """Takes the turn, or has it already.
+
+        Raises:
+            RuntimeError: it is somebody else's.
+        """
+        if sys.platform == "win32" or not os.access(self._path.parent, os.W_OK):  # of a copy on a medium that cannot be written
+            return
+        import fcntl
+
+        while self._file is None:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file), os.stat(self._path)):  # else another's turn has just ended
+                        self._file = file
+            except BlockingIOError:
+                raise RuntimeError("this run is being sent there already, by itself or another replay; wait until that is over") from None
+            except OSError:  # a file system without locks
+                return
+            finally:
+                if self._file is None:
+                    os.close(file)
+
+    def end(self) -> None:
+        """Gives it up."""
+        file, self._file = self._file, None
+        if sys.platform == "win32" or file is None:
+            return
+        import fcntl
+
+        self._path.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
+
+
+_turns: weakref.WeakSet[_Turn] = weakref.WeakSet()
+
+
+def _forget_turns() -> None:
+    """A process that was forked, such as a loader's worker, has no turn: it would prolong that of its parent when that is killed."""
+    for turn in _turns:
+        file, turn._file = turn._file, None
+        if file is not None:
+            os.close(file)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_turns)
 
 
 class Delivery:
@@ -163,9 +242,11 @@ class Delivery:
         self.marks: list[Mark] = []
         self.sent = 0
         self.refused: list[str] = []
+        self.turn = _Turn(place)
 
     def begin(self) -> None:
         """Connects. Nothing is read yet: a run that goes on shortens its journal first."""
+        self.turn.begin()
         self.marks = self.backend.connect(self.place)
 
     def step(self) -> bool:
@@ -195,7 +276,10 @@ class Delivery:
         reader, self.reader = self.reader, None
         if reader is not None:
             reader.close()
-        self.backend.close()
+        try:
+            self.backend.close()
+        finally:
+            self.turn.end()
 
 
 def deliver(backend: Backend, place: Place, batch: int = 1000) -> Delivery:
@@ -217,13 +301,13 @@ def deliver(backend: Backend, place: Place, batch: int = 1000) -> Delivery:
 
 def _ended(path: Path) -> str:
     """How the last run in a journal ended."""
-    status, reader = "killed", Reader(path)
-    for line in reader.lines():
-        if b'"on_run_' in line:
-            record = json.loads(line)
-            if record["event"] in ("on_run_start", "on_run_end"):
-                status = record.get("status", "killed")
-    reader.close()
+    status = "killed"
+    with closing(Reader(path)) as reader:
+        for line in reader.lines():
+            if b'"on_run_' in line:
+                record = json.loads(line)
+                if record["event"] in ("on_run_start", "on_run_end"):
+                    status = record.get("status", "killed")
     return status
 
 
@@ -380,6 +464,7 @@ class Tracker:
         if thread.complete and not run.options.fast_dev_run:
             run.report[self._name] = delivery.backend.where
         if not thread.complete:
+            delivery.turn.end()  # a replay may have it, whatever holds up the thread
             reason = f"{type(thread.error).__name__}: {thread.error}" if thread.error else f"no answer within {self.close_timeout:g} s"
             later = f"torchplug replay {shlex.quote(str(run.dir))} --to {self._name.partition(':')[0]}"
             run.report[self._name] = f"not everything was delivered ({reason}); {later} sends the rest"

@@ -31,7 +31,8 @@ from torchplug.members import Member
 from torchplug.metrics import Results
 from torchplug.module import Module, check_names
 from torchplug.operations import Operations
-from torchplug.plugins import build, named, order
+from torchplug.ordering import order
+from torchplug.plugins import build, named
 from torchplug.precision import ScaledAutocast, Unscaling, operations_for
 from torchplug.prepare import Sources, check_module, is_datamodule, make_directory, prepare
 from torchplug.resume import Start, find_start, go_on_as, put_in_place

@@ -87,19 +87,20 @@ def trial(run: Run, alone: bool = False) -> Iterator[Trial]:
 def apart(trainer: Trainer, module: nn.Module, datamodule: Any, **finder: Any) -> Iterator[Trainer]:
     """Inside, a trainer like ``trainer`` for trials that have no run of their own; afterwards no trace of them is left.
 
-    It has the plugins of ``trainer`` that answer an operation which a step is made of, and the one given as ``name=plugin``. What it
-    writes goes into a folder that vanishes; module, data module and plugins get the attributes back that they had, the module's
-    tensors their device and type, and the random generators their places.
+    It has the plugins of ``trainer`` that answer an operation which a step is made of, those that say ``in_trials = True`` because
+    they change steps in another way, and the one given as ``name=plugin``. What it writes goes into a folder that vanishes; module,
+    data module and plugins get the attributes back that they had, the module's tensors their device and type, and the random
+    generators their places.
     """
     ((name, own),) = finder.items()
-    taking_part = {
-        other: plugin
-        for other, plugin in trainer.enabled.items()
-        if type(plugin) is not type(own) and any(hasattr(getattr(plugin, each, None), "torchplug_impl") for each in STEP)
-    }
+    taking_part = {other: plugin for other, plugin in trainer.enabled.items() if type(plugin) is not type(own) and _changes_steps(plugin)}
     with tempfile.TemporaryDirectory() as folder, preserved(), _as_before(module, *taking_part.values(), datamodule):
         plugins = [*({other: plugin} for other, plugin in taking_part.items()), {name: own}]
         yield dataclasses.replace(trainer, root_dir=folder, plugins=plugins)
+
+
+def _changes_steps(plugin: Any) -> bool:
+    return getattr(plugin, "in_trials", False) or any(hasattr(getattr(plugin, each, None), "torchplug_impl") for each in STEP)
 
 
 @contextmanager

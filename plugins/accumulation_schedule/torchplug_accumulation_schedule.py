@@ -28,6 +28,7 @@ class AccumulationSchedule:
     _name: str = field(init=False, default="accumulation_schedule", repr=False)
 
     before = "*"  # what cannot be is refused before others begin
+    in_trials = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheduling, dict) or not self.scheduling:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchplug import Module, Run, Trainer, hookimpl
+from torchplug.optimizers import change_rates
 from torchplug.trials import Trial, apart, out_of_memory, rebatched, trial
 
 __all__ = ["BatchSize", "BatchSizeFinder", "scale_batch_size", "search"]
@@ -239,7 +240,7 @@ class BatchSizeFinder:
             run.options.accumulate_grad_batches = found.accumulate_grad_batches
         run.reload()
         if found.lr_scale != 1:
-            scale_rates(run, found.lr_scale)
+            change_rates(run.optimizers, run.schedulers, lambda rate: rate * found.lr_scale)
         self._saved = {
             "size": found.size, "accumulate_grad_batches": found.accumulate_grad_batches, "attribute": found.attribute,
         }  # fmt: skip
@@ -446,26 +447,6 @@ def _release() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
-
-
-def scale_rates(run: Run, factor: float) -> None:
-    """Multiplies the learning rates of fresh optimizers, and those that their schedulers start from, by ``factor``."""
-
-    def scaled(value: Any) -> Any:
-        return value.mul_(factor) if isinstance(value, torch.Tensor) else value * factor
-
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # OneCycleLR keeps its own in the group
-                if isinstance(group.get(name), (int, float, torch.Tensor)):
-                    group[name] = scaled(group[name])
-    waiting: list[Any] = [each.scheduler for each in run.schedulers]
-    while waiting:
-        scheduler = waiting.pop()
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
-            if name in vars(scheduler):
-                setattr(scheduler, name, [value * factor for value in getattr(scheduler, name)])
-        waiting += getattr(scheduler, "_schedulers", [])  # SequentialLR and ChainedScheduler
 
 
 # ---------------------------------------------------------------------- where the size is written

@@ -79,7 +79,7 @@ class Csv:
         if self._table is None:
             return
         if self._table.file is not None and not run.options.fast_dev_run:
-            run.report["csv"] = str(self._table.path)
+            run.report[run.name_of(self)] = str(self._table.path)
         self._table.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchplug import Module, Run, hookimpl
-from torchplug.distributed import Ranks
+from torchplug.distributed import Ranks, same
 
 __all__ = ["Ddp"]
 
@@ -94,7 +94,7 @@ class Ddp(Ranks):
         if run.purpose == "fit":
             self._wrap(run, module)
         if self._ddp is None:
-            same(chain(module.parameters(), module.buffers()))
+            same(chain(module.parameters(), module.buffers()), run.device)
         return module
 
     def _wrap(self, run: Run, module: Module) -> None:
@@ -116,19 +116,20 @@ class Ddp(Ranks):
             **buffers,
         )
         self._pending, self._begun, self._checked = False, False, self.find_unused_parameters
-        vars(module)["training_step"] = self._through(self._ddp)
+        vars(module)["training_step"] = self._through(self._ddp.module)
 
-    def _through(self, ddp: DistributedDataParallel) -> Callable[..., Any]:
-        """The training step by way of torch's wrapper; where it complains, parameters have names."""
-        names = [name for name, parameter in ddp.module.module.named_parameters() if parameter.requires_grad]
+    def _through(self, wrapped: _Step) -> Callable[..., Any]:
+        """The training step by way of torch's wrapper, the newest one: a trial may put this function back that was there before.
+        Where it complains, parameters have names."""
 
-        @functools.wraps(ddp.module.step)  # core asks which arguments it takes
+        @functools.wraps(wrapped.step)  # core asks which arguments it takes
         def training_step(*args: Any) -> Any:
             try:
-                return ddp(*args)
+                return wrapped.step(*args) if self._ddp is None else self._ddp(*args)
             except RuntimeError as error:
                 found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
                 if found is not None:
+                    names = [name for name, parameter in wrapped.module.named_parameters() if parameter.requires_grad]
                     raise RuntimeError(unused([names[int(index)] for index in found[1].split()])) from error
                 raise
 
@@ -152,11 +153,11 @@ class Ddp(Ranks):
         super().on_step_skipped(run, reason)
         self._pending = True  # a window whose last batch is skipped has exchanged nothing
 
-    @hookimpl(wrapper=True)
-    def evaluate(self, run: Run) -> Generator[None, Any, Any]:
+    @hookimpl
+    def evaluate(self, run: Run) -> None:
+        """Answers nothing. It is no wrapper, as it comes after whoever evaluates with other weights has put them in."""
         if self._ddp is not None and self.broadcast_buffers and not run.alone:
-            same(run.module.buffers())
-        return (yield)
+            same(run.module.buffers(), run.device)
 
     @hookimpl
     def reduce_gradients(self, run: Run, optimizer: Optimizer) -> bool | None:
@@ -178,15 +179,6 @@ class Ddp(Ranks):
     def teardown(self, run: Run) -> None:
         vars(run.module).pop("training_step", None)
         self._ddp, self._parameters = None, []
-
-
-def same(tensors: Iterable[Tensor]) -> None:
-    """Every rank takes the values of rank 0."""
-    for tensor in tensors:
-        values = tensor.detach().contiguous()
-        dist.broadcast(values, 0)
-        if values.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(values)
 
 
 def unused(names: list[str]) -> str:

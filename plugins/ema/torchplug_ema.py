@@ -40,6 +40,8 @@ class Ema(Averaging):
     warmup: bool = False
     every_n_steps: int = 1
 
+    before = ("fsdp",)  # which makes parameters whole for an evaluation, when the average is in their place
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.decay < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchplug import Run, hookimpl
+from torchplug.optimizers import GROUP_RATES, SCHEDULER_RATES, inner_schedulers
 
 __all__ = ["Freeze"]
 
-GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # what scales with the rate in a parameter group; schedulers write there too
-SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")  # and in a scheduler, by group; torch has no public way to add to them
-SCHEDULER_LISTS = (*SCHEDULER_RATES, "lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
+SCHEDULER_LISTS = (*SCHEDULER_RATES, "lr_lambdas", "min_lrs", "base_momentums", "max_momentums")  # with one entry for each group
 
 
 class _Stage(NamedTuple):
@@ -60,7 +59,8 @@ class Freeze:
     _layers: list[tuple[nn.Module, int | None]] = field(init=False, default_factory=list, repr=False)  # those with statistics
     _quiet: list[nn.Module] = field(init=False, default_factory=list, repr=False)  # layers that were put into eval mode
 
-    before = "*"  # what is trained is settled first
+    before = ("batch_size_finder", "*")  # what is trained is settled first
+    in_trials = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.frozen, (list, tuple)) or not self.frozen or not all(isinstance(p, str) and p for p in self.frozen):
@@ -85,19 +85,22 @@ class Freeze:
 
     # ------------------------------------------------------------------ hooks
 
-    @hookimpl(wrapper=True)
-    def on_run_start(self, run: Run) -> Iterator[Any]:
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
         if run.purpose != "fit":
-            return (yield)
+            return
         self._find(run.module)
-        stage_of = {id(p): number for p, number, _ in self._parameters if number is not None}
-        _regroup(run, self._stages, stage_of)
         self._apply(run.position.epoch)
-        ours = list(run.optimizers)
-        answer = yield
-        if run.optimizers != ours:  # somebody had them made anew, as a batch size finder does
+        stage_of = {id(p): number for p, number, _ in self._parameters if number is not None}
+        make_anew = run.reload
+
+        def reload() -> None:
+            """Optimizers that somebody has made anew, as a batch size finder does, have the groups too."""
+            make_anew()
             _regroup(run, self._stages, stage_of)
-        return answer
+
+        run.reload = reload
+        _regroup(run, self._stages, stage_of)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -243,10 +246,8 @@ def _add_group(run: Run, optimizer: Optimizer, index: int, parameters: list[Any]
     if "name" in options:
         options["name"] = f"{options['name']}/{stage.pattern}"
     optimizer.add_param_group({"params": parameters, **options})
-    waiting: list[Any] = [each.scheduler for each in run.schedulers if each.optimizer is optimizer]
-    while waiting:
-        scheduler = waiting.pop()
-        waiting += getattr(scheduler, "_schedulers", [])  # of SequentialLR and ChainedScheduler
+    own = [each.scheduler for each in run.schedulers if each.optimizer is optimizer]
+    for scheduler in [inner for each in own for inner in inner_schedulers(each)]:
         for name in SCHEDULER_LISTS:
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == count:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchplug import Module, Run, duration, hookimpl, map_batch
 from torchplug.checkpoint import CheckpointError
-from torchplug.distributed import Ranks
+from torchplug.distributed import Ranks, same
 from torchplug.sharded import parts, whole, write
 
 __all__ = ["Fsdp"]
@@ -415,13 +415,3 @@ def _check_ties(module: nn.Module, layers: Sequence[nn.Module]) -> None:
             other, place = first.setdefault(id(parameter), (name, owner.get(id(each), -1)))
             if place != owner.get(id(each), -1):
                 raise ValueError(f"{other} and {name} are one parameter, of layers that wrap takes apart; wrap what has both, or neither")
-
-
-def same(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Every rank takes the values of rank 0."""
-    with torch.no_grad():
-        for tensor in tensors:
-            values = tensor.detach().to(device).contiguous()
-            dist.broadcast(values, 0)
-            if values.data_ptr() != tensor.data_ptr():
-                tensor.copy_(values)

@@ -73,7 +73,7 @@ class GradNorm:
         if len(run.optimizers) > 1:
             total += f"/{next(i for i, each in enumerate(run.optimizers) if each is optimizer)}"
         norms = {f"grad_{self.norm_type}_norm/{name}": norm for name, norm in by_layer.items()} if self.per_layer else {}
-        return {total: self._joined(list(by_layer.values())), **norms}
+        return {name: _whole(norm) for name, norm in {total: self._joined(list(by_layer.values())), **norms}.items()}
 
     def _norm(self, gradient: Tensor) -> Tensor:
         values = gradient.detach()
@@ -90,3 +90,8 @@ class GradNorm:
             return norms[0]
         joined: Any = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]), self.norm_type)
         return joined  # type: ignore[no-any-return]
+
+
+def _whole(norm: Any) -> Tensor:
+    """A norm over parameters of which each rank has a part (torch's DTensor) is put together from those of the parts."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]

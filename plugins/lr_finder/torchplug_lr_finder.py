@@ -11,22 +11,21 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
 from torchplug import Module, Run, Trainer, hookimpl
+from torchplug.optimizers import change_rates, set_rate
 from torchplug.trials import apart, trial
 
 __all__ = ["LearningRateFinder", "RangeTest", "lr_find"]
 
 Method = Literal["minimum", "steepest", "valley", "slide", "divergence"]
 ATTRIBUTES = ("lr", "learning_rate")
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as optimizers and schedulers keep them
 EARLY = 9  # steps whose mean is of too few losses to say anything
 SLIDE = 15  # points between the two places whose slopes are compared
 
@@ -193,8 +192,11 @@ class LearningRateFinder:
 
     def __post_init__(self) -> None:
         for name in ("min_lr", "max_lr", "steps", "smoothing", "divergence"):
-            if not isinstance(getattr(self, name), int if name == "steps" else (int, float)):
-                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int if name == "steps" else (int, float)):
+                raise TypeError(f"{name} must be a {'whole ' * (name == 'steps')}number, got {value!r}")
+        if not isinstance(self.at_epochs, (list, tuple)) or not all(type(epoch) is int and epoch >= 0 for epoch in self.at_epochs):
+            raise TypeError(f"at_epochs must be a list of epochs, counted from 0, got {self.at_epochs!r}; write [0, 5] for two of them")
         if not 0 < self.min_lr < self.max_lr:
             raise ValueError(f"min_lr must be above 0 and below max_lr, got {self.min_lr!r} and {self.max_lr!r}")
         if self.steps < 10:
@@ -224,9 +226,7 @@ class LearningRateFinder:
         if epoch not in self.at_epochs or epoch in self._done:
             return
         self._done.append(epoch)
-        self.result = self._test(
-            run
-        )  # to its end even after a signal: the batch that follows needs the rate, and so does a run that goes on
+        self.result = self._test(run)  # to its end even after a signal: the batch that follows needs the rate, as does a run that goes on
         self._use(run, self.result)
         self._show(run, self.result)
 
@@ -260,7 +260,7 @@ class LearningRateFinder:
             for step in range(self.steps):
                 rate = self._rate(step)
                 for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                    _set(group, "lr", rate * ratio)
+                    set_rate(group, "lr", rate * ratio)
                 found.lrs.append(rate)
                 loss = attempt.step()
                 if not math.isfinite(loss):
@@ -296,19 +296,8 @@ class LearningRateFinder:
             return
         (optimizer,) = run.optimizers
         reference = _reference(optimizer.param_groups[0])
-
-        def scaled(value: Any) -> float:  # the quotient first: what equals the reference becomes the rate to the last bit
-            return rate * (float(value) / reference)
-
-        for group in optimizer.param_groups:
-            for name in RATES:
-                if name in group:
-                    _set(group, name, scaled(group[name]))
-        for each in run.schedulers:
-            for scheduler in _inside(each.scheduler):
-                for name in ("base_lrs", "_last_lr", "max_lrs"):
-                    if isinstance(getattr(scheduler, name, None), list):
-                        setattr(scheduler, name, [scaled(value) for value in getattr(scheduler, name)])
+        # the quotient first: what equals the reference becomes the rate to the last bit
+        change_rates([optimizer], run.schedulers, lambda value: rate * (value / reference))
         self._newest = rate
         self._tell(run, rate)
 
@@ -389,19 +378,3 @@ def _ratios(optimizer: Optimizer) -> list[float]:
     if not rates[0] > 0:
         raise ValueError("the first parameter group has a learning rate of 0: the others have no ratio to it; give it any rate above 0")
     return [rate / rates[0] for rate in rates]
-
-
-def _set(group: dict[str, Any], name: str, value: Any) -> None:
-    """Some optimizers keep a rate as a tensor, which others look at."""
-    if isinstance(group[name], torch.Tensor):
-        group[name].fill_(float(value))
-    else:
-        group[name] = float(value)
-
-
-def _inside(scheduler: Any) -> Iterator[Any]:
-    """A scheduler, and those that it is made of."""
-    yield scheduler
-    inner: Sequence[Any] = getattr(scheduler, "_schedulers", None) or ()
-    for each in inner:
-        yield from _inside(each)

@@ -212,8 +212,7 @@ class _Backend:
         """The id of the experiment, which is made where there is none."""
         from mlflow.exceptions import MlflowException
 
-        start = self._place.start
-        name = self._options.experiment or start["options"].get("name") or start["module"]
+        name = self._options.experiment or self._place.name
         found = self.client.get_experiment_by_name(name)
         if found is None:
             # without a server MLflow would put files into the working directory
@@ -374,7 +373,7 @@ class _Backend:
         self._put_file(self._place.journal.parent / record["path"], f"figures/{record['name']}/{record['step']}.png")
 
     def _log_artifact(self, record: Record) -> None:
-        self._put_file(self._local(record["path"]), f"artifacts/{record['name']}")
+        self._put_file(self._place.found(record["path"]), f"artifacts/{record['name']}")
 
     def _put_file(self, source: Path, name: str) -> None:
         """Stores a file, or each in a folder; one that is not there is said once."""
@@ -420,7 +419,7 @@ class _Backend:
     # ------------------------------------------------------------------ checkpoints
 
     def _put_model(self, path: str) -> None:
-        source = self._local(path)
+        source = self._place.found(path)
         if "://" in path:
             logger.warning("mlflow: %s is not a local file and is not stored", path)
         elif source.exists():  # else it has been removed by now
@@ -445,20 +444,12 @@ class _Backend:
                 found = f"{record['time']!r} {record['path']}"
         best = best or found
         path = best.partition(" ")[2]
-        if not best or best == self._best or not self._local(path).exists():
+        if not best or best == self._best or not self._place.found(path).exists():
             return
         if self._best is not None and self._best.partition(" ")[2] != path:
             self._remove_model(self._best.partition(" ")[2])
         self._put_model(path)
         self.client.set_tag(self.run_id, "torchplug.best", best[:TAG])
-
-    def _local(self, path: str) -> Path:
-        """Where a file lies now: the directory of the run may have been moved."""
-        with suppress(ValueError):
-            moved = self._place.run_dir / Path(path).relative_to(self._place.start["dir"])
-            if moved.exists():
-                return moved
-        return Path(path)
 
     def _model(self, path: str) -> str:
         """The name of a checkpoint in MLflow: as in the directory of the run."""
@@ -477,10 +468,9 @@ def _root(place: Place) -> Path:
     run_dir = place.run_dir.absolute()
     if place.trial:
         return run_dir
-    options = place.start["options"]
-    if run_dir.parent.name == (options.get("name") or place.start["module"]):  # also when the runs, or the working directory, have moved
+    if run_dir.parent.name == place.name:  # also when the runs, or the working directory, have moved
         return run_dir.parents[1]
-    return Path(options["root_dir"]).absolute()
+    return Path(place.start["options"]["root_dir"]).absolute()
 
 
 def _database(root: Path) -> str:
@@ -515,15 +505,12 @@ def _where(uri: str, experiment: str, run_id: str) -> str:
 
 def _saved(journal: Path) -> Iterator[Record]:
     """The checkpoints of a run."""
-    reader = Reader(journal)
-    try:
+    with closing(Reader(journal)) as reader:
         for line in reader.lines():
             if b'"on_checkpoint_saved"' in line:
                 record = json.loads(line)
                 if record["event"] == "on_checkpoint_saved":
                     yield record
-    finally:
-        reader.close()
 
 
 # ---------------------------------------------------------------------- what MLflow takes

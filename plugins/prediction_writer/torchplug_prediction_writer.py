@@ -70,7 +70,8 @@ class PredictionWriter:
     @hookimpl
     def on_predict_start(self, run: Run) -> None:
         self.files, self._samples, self._kept = 0, {}, []
-        self._folder = run.dir / "predictions" if self.dir is None else Path(self.dir)
+        trial = run.options.fast_dev_run  # which leaves nothing behind, and deletes nothing
+        self._folder = run.dir / "predictions" if self.dir is None or trial else Path(self.dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         own = r"rank\d+(-loader\d+-batch\d+)?\.(pt|safetensors)"
         paths, ranks = list(self._folder.iterdir()), max(run.world_size, run.rank + 1)
@@ -105,7 +106,7 @@ class PredictionWriter:
             kept, self._kept = self._kept, []
             self._write(f"rank{run.rank}", kept)
         files = self.files if run.agreement is None else sum(run.agreement.gather(self.files))
-        run.report[run.name_of(self)] = f"{files} file{'s' * (files > 1)} with predictions in {self._folder}"
+        run.report[run.name_of(self)] = f"{files} file{'s' * (files != 1)} with predictions in {self._folder}"
 
     @hookimpl
     def teardown(self) -> None:

@@ -69,7 +69,7 @@ class Profiler:
     Args:
         rows: Rows of the table that is shown; the attribute ``spent`` has all of them.
         timeline: Whether the timeline is written, or the file to write it to; of another rank than 0, FILE-RANK.
-        max_calls: How many calls the timeline holds at most, the first ones, at about 200 bytes each. The table counts all.
+        max_calls: How many calls the timeline holds at most, the first ones. The table counts all.
         synchronize: Whether the device is waited for before and after each call. A call then takes the time of the work that
             it starts, and the run is slower. Without it, work on a GPU shows where somebody waits for it.
 

@@ -88,7 +88,7 @@ class _Epoch(_Bar):
         position, options = run.position, run.options
         self.done, self.count, self.total = position.batch, position.step - self.first_step, run.num_batches
         if self.total is not None and options.max_steps is not None and run.module.automatic_optimization:
-            window = options.accumulate_grad_batches
+            window = run.batches_per_step(position.epoch)
             self.total = min(self.total, self.done - self.done % window + (options.max_steps - position.step) * window)
         if self.total is not None and self.total < self.done:  # the loader gives more than its length said
             self.total = None

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from torch import Tensor
-
 from torchplug import Run, hookimpl
 from torchplug.averaging import Averaging
+from torchplug.optimizers import set_rate
 
 __all__ = ["Swa"]
 
@@ -58,6 +57,8 @@ class Swa(Averaging):
 
     _begun: tuple[int, int] | None = field(init=False, repr=False, default=None)  # the first epoch and the step before it
     _rates: list[list[float]] = field(init=False, repr=False, default_factory=list)  # at the start, of each optimizer's groups
+
+    before = ("fsdp",)  # which makes parameters whole for an evaluation, when the average is in their place
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,11 +152,7 @@ class Swa(Averaging):
         for optimizer, before, after in zip(run.optimizers, self._rates, self._lrs(run), strict=True):
             before += [float(group["lr"]) for group in optimizer.param_groups[len(before) :]]  # groups that were added since
             for group, here, there in zip(optimizer.param_groups, before, after, strict=True):
-                rate = there * part + here * (1 - part)
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+                set_rate(group, "lr", there * part + here * (1 - part))
 
     def _lrs(self, run: Run) -> list[list[float]]:
         """The rate of each parameter group of each optimizer after annealing."""

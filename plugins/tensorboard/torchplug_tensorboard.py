@@ -13,6 +13,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -202,21 +203,18 @@ class Events:
                 os.truncate(self.folder / name, end)
             if not end:
                 (self.folder / name).unlink()
-        last = self._end()
-        reader = Reader(self.place.journal)
-        found = Mark()
-        if times and reader.seek([last]) == last:
-            while records := reader.records(1000):
-                for n, record in enumerate(records, reader.n - len(records) + 1):
-                    if record["time"] in times:
-                        found = Mark(n, record["time"])
-        reader.close()
+        last, found = self._end(), Mark()
+        with closing(Reader(self.place.journal)) as reader:
+            if times and reader.seek([last]) == last:
+                while records := reader.records(1000):
+                    for n, record in enumerate(records, reader.n - len(records) + 1):
+                        if record["time"] in times:
+                            found = Mark(n, record["time"])
         if found.n:
-            reader = Reader(self.place.journal)
-            reader.seek([last])
-            for record in reader.records(found.n - last.n):
-                self._note(record)
-            reader.close()
+            with closing(Reader(self.place.journal)) as reader:
+                reader.seek([last])
+                for record in reader.records(found.n - last.n):
+                    self._note(record)
             self._mark(*found)
 
     def _files(self) -> dict[str, int]:
@@ -229,7 +227,6 @@ class Events:
             if size > sizes.get(name, 0):
                 _put_aside(self.folder / name, sizes.get(name, 0))
         self._now = self._last()
-
         self._reached = self._end()
 
     def _end(self) -> Mark:

@@ -18,6 +18,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,7 +158,7 @@ class Account:
             self.run = _disabled(wandb)
             self._begin(Mark(), again=False)
             return []
-        self.project = self.options.project or settings.project or re.sub(r"[/\\#?%:]", "-", _name(place.start))[:128]
+        self.project = self.options.project or settings.project or re.sub(r"[/\\#?%:]", "-", place.name)[:128]
         self.rebuilds = self.theirs is None and self.mode == "offline"
         entity = self.options.entity or settings.entity
         goal = ["run", self.theirs.id] if self.theirs else [self.mode, settings.base_url, entity or "", self.project]
@@ -184,11 +185,8 @@ class Account:
 
     def _anything_new(self, marks: list[Mark]) -> bool:
         """Whether the journal has more than the parts that are finished."""
-        reader = Reader(self.place.journal)
-        try:
+        with closing(Reader(self.place.journal)) as reader:
             return not marks or reader.seek(marks) != marks[-1] or bool(reader.records(1))
-        finally:
-            reader.close()
 
     def _keep(self) -> None:
         with replacing(self._list) as temporary:
@@ -423,14 +421,15 @@ class Account:
             self._say(f"wandb: the artifact of a checkpoint that was deleted could not be deleted: {type(error).__name__}: {error}")
 
     def _found(self, path: str) -> Path:
-        """Where a file of the run is, also if its directory was moved."""
-        places = [Path(path)]
-        if Path(path).is_relative_to(self.place.start["dir"]):
-            places.append(self.place.run_dir / Path(path).relative_to(self.place.start["dir"]))
-        for each in places:
-            if each.exists():
-                return each
-        raise FileNotFoundError(f"{path} is not there any more")
+        """Where a file of the run is.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        found = self.place.found(path)
+        if not found.exists():
+            raise FileNotFoundError(f"{path} is not there any more")
+        return found
 
 
 # ---------------------------------------------------------------------- wandb
@@ -511,10 +510,6 @@ def _check_key(wandb: Any, settings: Any) -> None:
 
 
 # ---------------------------------------------------------------------- values
-
-
-def _name(start: Record) -> str:
-    return str(start["options"].get("name") or start["module"])
 
 
 def _is_best(record: Record) -> bool:

@@ -103,7 +103,8 @@ def test_a_trainer_uses_it_by_its_name(followed: Any) -> None:
 
 def test_torchplug_lists_it_with_its_option_and_explains_its_place(followed: Any) -> None:
     (listed,), (explained,) = followed.outputs["torchplug plugins -v"], followed.outputs["torchplug explain smooth_loss"]
-    assert re.search(r"^smooth_loss +torchplug-smooth-loss 0\.1\.0 +available$", listed, re.MULTILINE), listed
+    row = r"^smooth_loss +torchplug-smooth-loss 0\.1\.0 +available  Logs an exponential mean of the training loss$"
+    assert re.search(row, listed, re.MULTILINE), listed
     assert "hooks: setup, on_before_backward" in listed and "decay: float, default 0.9. How much of the mean" in listed
     assert "smooth_loss  torchplug-smooth-loss 0.1.0  (as listed)" in explained
 

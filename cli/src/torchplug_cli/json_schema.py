@@ -12,13 +12,13 @@ from os import PathLike
 from typing import Annotated, Any, Literal
 
 from torchplug.discovery import Found, PluginError, discover
-from torchplug.options import Range, documentation
+from torchplug.options import Range, default_of, documentation
 from torchplug.settings import Settings
+from torchplug_cli.reading import ON_ERROR
 
 __all__ = ["config_schema"]
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-ON_ERROR = {"enum": ["abort", "disable"], "description": "What an error in the plugin does: end the run, or switch the plugin off."}
 OBJECT = {
     "type": "object",
     "properties": {
@@ -71,7 +71,7 @@ def _of_plugin(found: Found) -> dict[str, Any]:
         target = found.load()
         if isinstance(target, (list, tuple)):
             return {"type": ["object", "null"], "maxProperties": 0, "description": f"a bundle of {', '.join(map(str, target))}"}
-        schema = _of_fields(target, more={"on_error": ON_ERROR})
+        schema = _of_fields(target, more={"on_error": {"enum": ["abort", "disable"], "description": ON_ERROR}})
     except PluginError as error:
         print(f"torchplug schema: {error}", file=sys.stderr)
         return {"description": "cannot be imported here, so its options are not known"}
@@ -88,9 +88,7 @@ def _of_fields(cls: type, leave_out: tuple[str, ...] = (), more: dict[str, Any] 
         if not field.init or field.name.startswith("_") or field.name in leave_out:
             continue
         schema = _of_type(hints[field.name])
-        default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = default_of(field)
         if default is dataclasses.MISSING:
             required.append(field.name)
         elif (plain := _json(default)) is not dataclasses.MISSING:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
+import re
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -18,7 +16,8 @@ import yaml
 
 from torchplug import DataModule, Module
 from torchplug.options import closest
-from torchplug_cli.reading import ConfigError, load
+from torchplug_cli.importing import importable, target
+from torchplug_cli.reading import ConfigError, load, unwritten
 
 __all__ = ["Loaders", "Recipe", "check_written", "data_recipe", "make_data", "module_recipe", "remember"]
 
@@ -41,17 +40,26 @@ class Recipe:
     def __init__(self, where: str, section: Mapping[str, Any]) -> None:
         self.where, self.section = where, section
         self.target = target(section["class_path"], f"{where}.class_path")
-        self.given: dict[str, Any] = _importable(dict(section.get("init_args") or {}), f"{where}.init_args")
+        self.given: dict[str, Any] = importable(dict(section.get("init_args") or {}), f"{where}.init_args")
         if not callable(self.target):
             raise ConfigError(f"{where}.class_path: {section['class_path']!r} is neither a class nor a function")
 
     @cached_property
-    def parser(self) -> jsonargparse.ArgumentParser:
-        """jsonargparse's view of the arguments."""
+    def _read(self) -> tuple[jsonargparse.ArgumentParser, list[str]]:
+        """jsonargparse's view of the arguments, and their names."""
         parser = jsonargparse.ArgumentParser(parser_mode=MODE, exit_on_error=False, add_help=False)
         add = parser.add_class_arguments if inspect.isclass(self.target) else parser.add_function_arguments
-        self.names: list[str] = add(self.target, fail_untyped=False)
-        return parser
+        return parser, add(self.target, fail_untyped=False)
+
+    @property
+    def parser(self) -> jsonargparse.ArgumentParser:
+        """What reads the arguments."""
+        return self._read[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all arguments that are known."""
+        return self._read[1]
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -64,7 +72,6 @@ class Recipe:
     @cached_property
     def texts(self) -> dict[str, str]:
         """What each argument is for, as far as docstrings say it."""
-        _ = self.parser
         return {action.dest: action.help for action in self.parser._actions if action.help and action.dest in self.names}
 
     @cached_property
@@ -78,23 +85,17 @@ class Recipe:
             ConfigError: it names the closest one.
         """
         for name in self.given:
-            if name not in self.parser_names and not self._takes_more:
-                listed = ", ".join(self.parser_names) or "none"
+            if name not in self.names and not self._takes_more:
+                listed = ", ".join(self.names) or "none"
                 what = getattr(self.target, "__name__", self.target)
                 raise ConfigError(
-                    f"{self.where}.init_args: {what} has no argument {name!r}{closest(str(name), self.parser_names)} (arguments: {listed})"
+                    f"{self.where}.init_args: {what} has no argument {name!r}{closest(str(name), self.names)} (arguments: {listed})"
                 )
-
-    @property
-    def parser_names(self) -> list[str]:
-        """The names of all arguments that are known."""
-        _ = self.parser
-        return self.names
 
     @property
     def _takes_more(self) -> bool:
         """Whether there is a ``**kwargs`` of which jsonargparse could not find out what it takes."""
-        return any(each.kind is each.VAR_KEYWORD for each in self._parameters.values()) and set(self.parser_names) <= set(self._parameters)
+        return any(each.kind is each.VAR_KEYWORD for each in self._parameters.values()) and set(self.names) <= set(self._parameters)
 
     def parsed(self) -> jsonargparse.Namespace:
         """The arguments, checked against their types.
@@ -104,11 +105,11 @@ class Recipe:
         """
         self.check_names()
         try:
-            known = {name: value for name, value in self.given.items() if name in self.parser_names}
+            known = {name: value for name, value in self.given.items() if name in self.names}
             parsed: jsonargparse.Namespace = self.parser.parse_object(known)
             return parsed
         except ArgumentError as error:
-            raise ConfigError(f"{self.where}.init_args: {' '.join(str(error).split())}") from None
+            raise ConfigError(_reworded(f"{self.where}.init_args", " ".join(str(error).split()))) from None
 
     def make(self, parsed: jsonargparse.Namespace) -> Any:
         """The object."""
@@ -117,9 +118,23 @@ class Recipe:
         with suppress(Exception):  # names that only a type checker imports
             hints = typing.get_type_hints(self.target.__init__ if inspect.isclass(self.target) else self.target)
         for name, value in self.given.items():
-            if name not in self.parser_names or (isinstance(value, str) and _takes_text(hints.get(name, Any))):
+            if name not in self.names or (isinstance(value, str) and _takes_text(hints.get(name, Any))):
                 arguments[name] = value  # jsonargparse would make a number of a text that looks like one
         return self.target(**arguments)
+
+
+def _reworded(where: str, text: str) -> str:
+    """What jsonargparse has against an argument, with its place and its types as every other message of torchplug has them."""
+    while found := re.match(r'Parser key "([^"]+)": (Problem with given class_path \S+: (?=Parser key))?', text):
+        where, text = f"{where}.{found[1]}" + ".init_args" * bool(found[2]), text[found.end() :]
+    for pattern in (
+        r"Expected an? (.+?)\. Got value: (.*)",
+        r"Does not validate .*?Subtypes: [\[(](.*?)[\])] Errors: .* Given value: (.*)",
+    ):
+        if wrong := re.fullmatch(pattern, text):
+            types = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", wrong[1]).replace("NoneType", "None")
+            return f"{where} must be of type {types.replace(', ', ' or ') if pattern[0] == 'D' else types}, got {wrong[2]}"
+    return f"{where}: {text}"
 
 
 def _takes_text(hint: Any) -> bool:
@@ -133,77 +148,6 @@ def remember(made: Any, section: Mapping[str, Any]) -> Any:
     return made
 
 
-# ---------------------------------------------------------------------- importing
-
-
-def target(path: str, where: str) -> Any:
-    """What ``package.module.Class`` or ``folder/file.py:Class`` names; the current directory can be imported from.
-
-    Raises:
-        ConfigError: there is no such file, module or name in it.
-    """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    file, _, names = path.rpartition(":")
-    if file.endswith(".py"):
-        found = _script(file, where)
-        for part in names.split("."):
-            found = getattr(found, part) if hasattr(found, part) else _missing(found, part, path, where)
-        return found
-    first, *parts = path.replace(":", ".").split(".")
-    if not first or not parts or not all(parts):
-        raise ConfigError(f"{where} must be 'package.module.Class' or 'folder/file.py:Class', got {path!r}")
-    found, module = _module(first), first
-    if found is None:
-        raise ConfigError(f"{where}: {path!r} cannot be imported, there is no module {first!r}")
-    for part in parts:
-        module = f"{module}.{part}"
-        found = getattr(found, part) if hasattr(found, part) else _module(module) or _missing(found, part, path, where)
-    return found
-
-
-def _module(name: str) -> Any:
-    """The module ``name``, or None where there is none; what it raises when it is imported is raised here."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name and not str(error).endswith("is not a package"):
-            raise  # what the user's module wants to import is not there
-        return None
-
-
-def _missing(found: Any, part: str, path: str, where: str) -> Any:
-    there = [each for each in dir(found) if not each.startswith("_")]
-    raise ConfigError(f"{where}: {path!r} cannot be imported, there is no {part!r} in {found.__name__!r}{closest(part, there)}")
-
-
-def _script(path: str, where: str) -> Any:
-    """A file as a module of its own name, which other processes can import too."""
-    file = Path(path).absolute()
-    if not file.is_file():
-        raise ConfigError(f"{where}: there is no file {path!r}")
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))
-    module = importlib.import_module(file.stem)
-    if not getattr(module, "__file__", None) or not Path(str(module.__file__)).samefile(file):
-        raise ConfigError(f"{where}: {path!r} has the name of another module, {file.stem!r}: rename the file")
-    return module
-
-
-def _importable(value: Any, where: str) -> Any:
-    """``value`` with files in the class paths of what is nested in it turned into modules, which is what jsonargparse imports."""
-    if isinstance(value, list):
-        return [_importable(each, where) for each in value]
-    if not isinstance(value, dict):
-        return value
-    made = {name: _importable(each, f"{where}.{name}") for name, each in value.items()}
-    path = value.get("class_path")
-    if isinstance(path, str) and ".py:" in path:
-        found = target(path, f"{where}.class_path")
-        made["class_path"] = f"{found.__module__}.{found.__qualname__}"
-    return made
-
-
 # ---------------------------------------------------------------------- module, data
 
 
@@ -214,7 +158,7 @@ def check_written(value: Any, where: str) -> None:
         ConfigError: it says what is missing, and how to give it.
     """
     if isinstance(value, dict):
-        if set(value) == {"unwritten"}:
+        if unwritten(value):
             raise ConfigError(f"{where} is not in the file ({value['unwritten']}): write it there, or give --set {where}=...")
         for name, each in value.items():
             check_written(each, f"{where}.{name}" if where else str(name))

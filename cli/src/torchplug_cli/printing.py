@@ -9,17 +9,16 @@ from typing import Any
 
 from torchplug.config import UNWRITTEN, key, text
 from torchplug.discovery import BUNDLE, find
-from torchplug.options import Field, closest, fields_of
+from torchplug.options import Field, closest, default_of, fields_of
 from torchplug.settings import Settings
 from torchplug_cli.commands import Config
 from torchplug_cli.objects import Recipe, data_recipe, module_recipe
-from torchplug_cli.reading import ConfigError
+from torchplug_cli.reading import ON_ERROR, ConfigError
 
 __all__ = ["print_config"]
 
 WIDTH = 120
 EMPTY = ("#   class_path: package.module.Class, or folder/file.py:Class", "#   init_args: {}")
-ON_ERROR = "What an error in the plugin does: 'abort' ends the run, 'disable' switches a plugin off that only observes."
 
 
 def print_config(config: Config) -> str:
@@ -44,12 +43,7 @@ def print_config(config: Config) -> str:
     if data is not None:
         lines += ["", *_object("data", data)]
     else:
-        lines += [
-            "",
-            "# data:  # a data module, or a function that returns loaders",
-            "#   class_path: package.module.Class",
-            "#   init_args: {}",
-        ]
+        lines += ["", "# data:  # a data module, or a function that returns loaders", *EMPTY]
     lines += ["", "# A checkpoint to go on from, or whose weights to evaluate: a path, 'last' or 'best'."]
     lines += [f"ckpt_path: {text(values.get('ckpt_path'))}"]
     return "\n".join(lines)
@@ -90,12 +84,8 @@ def _opened(named: Mapping[str, Any], plain: set[str]) -> Iterator[tuple[str, di
 
 def _options(cls: type, fields: Mapping[str, Field], given: Mapping[str, Any], pad: str) -> list[str]:
     """A line for each option, under what it means; one that is required and not given is a comment."""
-    defaults = {}
-    for own in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
-        if own.default is not dataclasses.MISSING:
-            defaults[own.name] = own.default
-        elif own.default_factory is not dataclasses.MISSING:
-            defaults[own.name] = own.default_factory()
+    own = {each.name: default_of(each) for each in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    defaults = {name: default for name, default in own.items() if default is not dataclasses.MISSING}
     lines: list[str] = []
     for name, field in fields.items():
         allowed = f" ({field.type}{', ' + field.range if field.range else ''})"
@@ -124,14 +114,14 @@ def _object(section: str, recipe: Recipe) -> list[str]:
 def _recipe(recipe: Recipe, pad: str) -> list[str]:
     """Class path and arguments of an object."""
     lines = [f"{pad}class_path: {text(recipe.section['class_path'])}"]
-    if not recipe.parser_names and not recipe.given:
+    if not recipe.names and not recipe.given:
         return [*lines, f"{pad}init_args: {{}}"]
     given = recipe.section.get("init_args") or {}
-    if all(name in given or name in recipe.defaults for name in recipe.parser_names):
+    if all(name in given or name in recipe.defaults for name in recipe.names):
         recipe.parsed()
     recipe.check_names()
     lines.append(f"{pad}init_args:")
-    for name in dict.fromkeys([*recipe.parser_names, *given]):
+    for name in dict.fromkeys([*recipe.names, *given]):
         lines += _comment(recipe.texts.get(name, ""), pad + "  ")
         lines.append(_line(name, given, recipe.defaults, pad + "  "))
     return lines

@@ -12,10 +12,11 @@ import yaml
 from torchplug.discovery import BUNDLE, installed
 from torchplug.options import closest
 
-__all__ = ["SECTIONS", "ConfigError", "load", "read", "set_value", "whole"]
+__all__ = ["ON_ERROR", "ConfigError", "load", "read", "unwritten", "whole"]
 
 SECTIONS = ("trainer", "plugins", "module", "data", "ckpt_path", "versions")
 OBJECT = ("class_path", "init_args")
+ON_ERROR = "What an error in the plugin does: 'abort' ends the run, 'disable' switches a plugin off that only observes."
 
 
 class ConfigError(Exception):
@@ -115,13 +116,13 @@ def _checked(content: Any) -> dict[str, Any]:
 
 
 def _check_object(where: str, value: Mapping[str, Any]) -> None:
-    if len(value) == 1 and not set(value) - {"unwritten"}:
+    if unwritten(value):
         return
     for each in value:
         if each not in OBJECT:
             meant = f", did you mean {where}.init_args.{each}?" if not closest(str(each), OBJECT) else closest(str(each), OBJECT)
             raise ConfigError(f"{where} has no key {each!r}{meant} (keys: {', '.join(OBJECT)})")
-    if "class_path" in value and not (isinstance(value["class_path"], str) and value["class_path"]) and not _unwritten(value["class_path"]):
+    if "class_path" in value and not (isinstance(value["class_path"], str) and value["class_path"]) and not unwritten(value["class_path"]):
         raise ConfigError(f"{where}.class_path must be where to import it from, got {value['class_path']!r}")
     if not isinstance(value.get("init_args", {}), (dict, type(None))):
         raise ConfigError(f"{where}.init_args must be a mapping, got {value['init_args']!r}")
@@ -152,7 +153,8 @@ def _same(named: Mapping[str, Any], name: str) -> str | None:
     return next((each for each in named if each == name or each.rpartition("/")[2] == name.rpartition("/")[2]), None)
 
 
-def _unwritten(value: Any) -> bool:
+def unwritten(value: Any) -> bool:
+    """Whether this stands for what a run could not write, with the reason: torchplug.config makes such mappings."""
     return isinstance(value, dict) and set(value) == {"unwritten"}
 
 
@@ -191,7 +193,7 @@ def _laid_over(section: str, below: Any, above: Any) -> Any:
 
 def _merged(below: Any, above: Any) -> Any:
     """Mappings key by key; one of another class in the place of the former."""
-    if not isinstance(below, dict) or not isinstance(above, dict) or _unwritten(below) or _unwritten(above):
+    if not isinstance(below, dict) or not isinstance(above, dict) or unwritten(below) or unwritten(above):
         return above
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         return above
@@ -254,7 +256,7 @@ def _dig(into: dict[Any, Any], keys: Sequence[str], value: Any, where: str) -> N
     for number, name in enumerate(above):
         where += f".{name}"
         key = _number(name) if number else name
-        if into.get(key) is None or _unwritten(into[key]):
+        if into.get(key) is None or unwritten(into[key]):
             into[key] = {}
         into = into[key]
         if not isinstance(into, dict):

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 from torchplug.discovery import GROUP, Found, PluginError, scan
 from torchplug.options import fields_of
-from torchplug.plugins import _build_one, build, order
+from torchplug.ordering import order
+from torchplug.plugins import build, build_one
 from torchplug.testing.subject import NotApplicable, Problems, Subject
 from torchplug.testing.tiny import tiny_trainer
 
@@ -69,7 +70,7 @@ def it_can_be_built_with_these_options(subject: Subject) -> Problems:
     if subject.bundle:
         build([{subject.name: dict(subject.options)}])
     else:
-        _build_one(subject.name, subject.found, subject.target, dict(subject.options))  # whether it has hooks is looked at later
+        build_one(subject.name, subject.found, subject.target, dict(subject.options))  # whether it has hooks is looked at later
     yield from ()
 
 

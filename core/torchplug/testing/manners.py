@@ -44,17 +44,22 @@ def global_state_is_put_back(subject: Subject) -> Problems:
     working directory, output streams, log handlers, warning filters, garbage collection, open files and live threads.
     """
     subject.one_process()
-    advice = "put it back in teardown, or in the finally of a wrapper"
-    subject.whole  # noqa: B018 - the first run
-    if subject.left:
-        yield from (f"after a run {text}; {advice}" for text in subject.left)
-        return
-    for when, module in (("a run", Practice()), ("a run that failed", _Breaks())):
-        before = Surroundings()
-        trainer = tiny_trainer(subject.named, **{**SETTINGS, "root_dir": subject.root()})  # who is still there while it is looked
-        with suppress(Exception):  # of the module, or what somebody made of it
-            trainer.fit(module)
-        yield from (f"after {when} {text}; {advice}" for text in before.changes())
+    found = {_place(text): f"after a run {text}" for text in subject.whole.left}
+    with subject.whole.surroundings.without():
+        for when, module in (("a run", Practice()), ("a run that failed", _Breaks())):
+            before = Surroundings()
+            trainer = tiny_trainer(subject.named, **{**SETTINGS, "root_dir": subject.root()})  # who is still there while it is looked
+            with suppress(Exception):  # of the module, or what somebody made of it
+                trainer.fit(module)
+            found = {_place(text): f"after {when} {text}" for text in before.changes()} | found
+            if found:
+                break
+    yield from (f"{text}; put it back in teardown, or in the finally of a wrapper" for text in found.values())
+
+
+def _place(text: str) -> str:
+    """What it is that has changed."""
+    return text.partition(" has changed")[0]
 
 
 # ---------------------------------------------------------------------- between logging steps

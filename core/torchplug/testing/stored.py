@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Difference", "Read", "Value", "differences", "folded", "listed", "named"]
+__all__ = ["Read", "Value", "differences", "folded", "listed", "named"]
 
 SHOWN = 3  # steps and names that are listed
 LONG = 40  # characters of a name that tell it from others

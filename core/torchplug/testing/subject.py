@@ -27,7 +27,7 @@ from torchplug.testing.surroundings import Surroundings
 from torchplug.testing.tiny import TinyModule, make_loader, tiny_fit, tiny_trainer
 from torchplug.trainer import Trainer
 
-__all__ = ["SETTINGS", "NotApplicable", "Practice", "Problems", "Saver", "Subject", "differences", "quiet", "result_of"]
+__all__ = ["KILLED", "SETTINGS", "Check", "NotApplicable", "Practice", "Problems", "Saver", "Subject", "differences", "quiet", "result_of"]
 
 Problems = Iterator[str]
 """What a check yields: a line for each thing that is wrong, with what to do about it."""
@@ -80,11 +80,13 @@ class Saver:
 
 
 class Outcome(NamedTuple):
-    """A fit that is over, what it came to, and the checkpoint from the middle of it."""
+    """A fit that is over, what it came to, the checkpoint from the middle of it, and what it left changed in the process."""
 
     trainer: Trainer
     result: dict[str, Any]
     path: Path
+    left: list[str]
+    surroundings: Surroundings
 
 
 @dataclass(eq=False)
@@ -97,7 +99,6 @@ class Subject:
         folder: where its runs may write; it goes away afterwards.
         notes: what checks want to say besides what is wrong.
         cost: microseconds that it adds to a step, those of a bare step, and by how much bare steps differ.
-        left: what its first run left changed in the process.
     """
 
     name: str
@@ -105,7 +106,6 @@ class Subject:
     folder: Path
     notes: list[str] = field(default_factory=list)
     cost: tuple[float, float, float] | None = None
-    left: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a process that is spawned gets: not the runs that are over."""
@@ -205,9 +205,7 @@ class Subject:
         self.bare()  # what torch itself does at a first step is no business of the plugin
         before = Surroundings()
         trainer = self.fit(Saver(path), root_dir=path.parent)
-        made = Outcome(trainer, result_of(trainer), path)
-        self.left = list(before.changes(first=True))
-        return made
+        return Outcome(trainer, result_of(trainer), path, list(before.changes(first=True)), before)
 
     @property
     def plugin(self) -> Any:

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,43 @@ PATIENCE = 2.0  # seconds that a thread gets to end after the run
 OPENED = {"open files": "a file is still open", "threads": "a thread still runs"}  # of these more is wrong, and less is not
 
 
+def _keep(those: list[Any], each: Any) -> None:
+    if each not in those:
+        those.insert(0, each)
+
+
+def _drop(those: list[Any], each: Any) -> None:
+    if each in those:
+        those.remove(each)
+
+
+# what libraries add at their first use, to stay there: how one of them is put there, and how it is taken away
+ADDED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "environment": (lambda each: os.environ.setdefault(*each), lambda each: os.environ.pop(each[0], None)),
+    "handlers of the root logger": (logging.getLogger().addHandler, logging.getLogger().removeHandler),
+    "warning filters": (lambda each: _keep(_filters(), each), lambda each: _drop(_filters(), each)),
+}
+
+
 class Surroundings:
-    """The global state of the process as it was when this was made."""
+    """The global state of the process as it was when this was made.
+
+    Attributes:
+        added: what a first look left to a second one, each with the place where it is.
+    """
 
     def __init__(self) -> None:
-        self.before, self.packages = _look(), _packages()
+        self.before = _look()
+        self.added: list[tuple[str, Any]] = []
 
     def changes(self, first: bool = False) -> Iterator[str]:
         """What is not as it was, in words.
 
         Args:
-            first: what happened since may have imported libraries, which open files, start threads, and set variables and filters of
-                warnings that stay.
+            first: what happened since may have used libraries for the first time, which open files, start threads, and set variables and
+                filters of warnings that stay. These are not told of: `added` has what a second look, `without` it, finds again where
+                it is done in every run.
         """
-        imported = first and bool(_packages() - self.packages)
         gc.collect()  # a file may be closed by the end of its owner
         end = time.monotonic() + PATIENCE
         while not first and _look()["threads"].keys() - self.before["threads"].keys() and time.monotonic() < end:
@@ -49,19 +72,35 @@ class Surroundings:
                     yield f"{OPENED[name]}: {', '.join(sorted(more))}"
             elif isinstance(value, dict):
                 for key in sorted(key for key in {**value, **was} if value.get(key) != was.get(key)):
-                    if key in was or not imported:
+                    if first and key not in was:
+                        self.added.append((name, (key, value[key])))
+                    else:
                         yield f"{name}: {key} has changed: it was {was.get(key)!r} and is {value.get(key)!r}"
             elif isinstance(value, list):
                 new, gone = ([each for each in one if each not in other] for one, other in ((value, was), (was, value)))
-                if gone or (new and not imported):
+                if gone or (new and not first):
                     yield f"{name} has changed: new is {new}, gone is {gone}"
+                else:
+                    self.added += ((name, each) for each in new)
             elif value != was:
                 yield f"{name} has changed: it was {was!r} and is {value!r}"
 
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Inside, what was `added` is not there."""
+        for name, each in self.added:
+            ADDED[name][1](each)
+        try:
+            yield
+        finally:
+            for name, each in reversed(self.added):
+                ADDED[name][0](each)
 
-def _packages() -> set[str]:
-    """What was imported."""
-    return {name.partition(".")[0] for name in list(sys.modules)} - sys.stdlib_module_names
+
+def _filters() -> list[Any]:
+    """The list that `warnings` looks at now."""
+    filters: Any = warnings.filters
+    return filters  # type: ignore[no-any-return]
 
 
 def _look() -> dict[str, Any]:

@@ -14,8 +14,6 @@ from torchplug.checkpoint import CheckpointError
 from torchplug.testing import check_plugin
 from torchplug_accumulation_schedule import AccumulationSchedule
 
-torch.set_num_threads(1)
-
 
 def batches(count: int = 7) -> list[Tensor]:
     return list(torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(1)))
@@ -375,3 +373,15 @@ class Predicts(Net):
 def test_options_that_cannot_be_are_refused(scheduling: Any, words: str) -> None:
     with pytest.raises(PluginError, match=f"plugin 'accumulation_schedule' .torchplug-accumulation-schedule 0.1.0.: {words}"):
         Trainer(max_epochs=1, plugins=[{"accumulation_schedule": {"scheduling": scheduling}}])
+
+
+def test_a_learning_rate_is_looked_for_with_the_windows_of_the_schedule(tmp_path: Any) -> None:
+    from torchplug_lr_finder import lr_find
+
+    def losses(*plugins: Any, **options: Any) -> list[float]:
+        seed_everything(3)
+        trainer = Trainer(root_dir=tmp_path, plugins=list(plugins), **options)
+        return lr_find(trainer, Net(), DataLoader(batches(), batch_size=None), steps=10).losses  # type: ignore[arg-type]
+
+    scheduled = losses(AccumulationSchedule(scheduling={0: 3, 1: 1}))
+    assert scheduled == losses(accumulate_grad_batches=3) != losses()

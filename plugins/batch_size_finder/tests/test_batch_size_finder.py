@@ -27,8 +27,6 @@ from torchplug.testing import check_plugin
 from torchplug.trials import out_of_memory, rebatched
 from torchplug_batch_size_finder import BatchSizeFinder, _divisor, confirm, scale_batch_size, search
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def _little_to_collect(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -17,7 +17,6 @@ from torchplug_checkpoint import Checkpoint
 from torchplug_checkpoint.saver import Saver
 from torchplug_checkpoint.writer import HostCopy, Writer
 
-torch.set_num_threads(1)
 BATCHES = [torch.ones(2, 3)] * 4
 
 

@@ -22,7 +22,6 @@ from torchplug.checkpoint import CheckpointError, load, verify
 from torchplug.testing import check_plugin
 from torchplug_checkpoint import Checkpoint
 
-torch.set_num_threads(1)
 NAN, INF = math.nan, math.inf
 BATCHES = [torch.ones(1, 1)] * 2
 

@@ -19,7 +19,6 @@ from torchplug.checkpoint import CheckpointError, load
 from torchplug_checkpoint import Checkpoint
 from torchplug_checkpoint.remote import Remote, fetch
 
-torch.set_num_threads(1)
 BATCHES = [torch.ones(1, 1)] * 2
 LAST = "last.safetensors"
 

@@ -15,7 +15,6 @@ from torchplug import Module, Trainer, hookimpl
 from torchplug.checkpoint import CheckpointError, header, load, verify
 from torchplug_checkpoint import Checkpoint
 
-torch.set_num_threads(1)
 BATCHES = [torch.ones(1, 1)] * 2
 LAST = "last.safetensors"
 

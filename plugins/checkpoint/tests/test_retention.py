@@ -18,7 +18,6 @@ from torchplug_checkpoint import Checkpoint
 from torchplug_checkpoint.remote import Remote, fetch
 from torchplug_checkpoint.store import Local
 
-torch.set_num_threads(1)
 NAN, INF = math.nan, math.inf
 BATCHES = [torch.ones(1, 1)] * 2
 LAST = "last.safetensors"

@@ -74,7 +74,7 @@ def read(path):
 
 def call(table, metrics, step=1):
     """One record, without a run around it."""
-    run = SimpleNamespace(rank=0, options=SimpleNamespace(fast_dev_run=False), report={})
+    run = SimpleNamespace(rank=0, options=SimpleNamespace(fast_dev_run=False), report={}, name_of=lambda plugin: "csv")
     table.log_metrics(run, metrics, "train", step, 0, 8 * step, 0.5 * step)
     return run
 
@@ -230,6 +230,13 @@ def test_the_end_of_the_run_says_where_it_is(tmp_path):
     t = trainer(tmp_path, table={"dir": tmp_path / "here"})
     t.fit(Net(), loader())
     assert t.run.report["csv"] == str(tmp_path / "here" / "metrics.csv") and Path(t.run.report["csv"]).exists()
+
+
+def test_of_two_tables_each_says_where_it_is(tmp_path):
+    tables = [{f"csv:{name}": {"dir": tmp_path / name}} for name in ("one", "two")]
+    t = Trainer(max_epochs=1, root_dir=tmp_path / "runs", accelerator="cpu", plugins=tables)
+    t.fit(Net(), loader())
+    assert t.run.report == {f"csv:{name}": str(tmp_path / name / "metrics.csv") for name in ("one", "two")}
 
 
 def test_a_folder_of_another_kind_is_refused():

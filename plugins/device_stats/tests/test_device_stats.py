@@ -14,7 +14,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_device_stats import DeviceStats
 
-torch.set_num_threads(1)
 CPU = {"cpu_percent", "cpu_vm_percent", "cpu_swap_percent", "process_cpu_percent", "process_rss_mb"}
 
 

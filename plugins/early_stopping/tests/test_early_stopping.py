@@ -13,7 +13,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_early_stopping import EarlyStopping
 
-torch.set_num_threads(1)
 NAN, INF = math.nan, math.inf
 BATCHES = [torch.zeros(1, 1)] * 2
 

@@ -19,8 +19,6 @@ from torchplug.checkpoint import load
 from torchplug.testing import check_plugin
 from torchplug_ema import Ema
 
-torch.set_num_threads(1)
-
 
 def data(batches=6, size=4, shuffle=True):
     generator = torch.Generator().manual_seed(1)

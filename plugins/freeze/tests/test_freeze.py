@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchplug import Module, PluginError, Trainer, hookimpl, seed_everything
 from torchplug.testing import check_plugin
+from torchplug.trials import trial
 from torchplug_freeze import Freeze
 
-torch.set_num_threads(1)
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)) + 2.0
 
 
@@ -371,6 +371,66 @@ def test_optimizers_that_are_made_anew_when_the_run_starts_get_the_groups_too(tm
     run, plain = fit(tmp_path, Net(scheduled), *plugins), fit(tmp_path, Net(scheduled), Freeze(**ONE_EACH))
     assert _alike(run.state()["optimizers"], plain.state()["optimizers"])
     assert differing(run.module.state_dict(), plain.module.state_dict()) == set()
+
+
+def test_optimizers_that_are_made_anew_in_a_trial_or_while_tuning_have_the_groups_too(tmp_path: Any) -> None:
+    sizes: list[list[int]] = []
+
+    class Tunes:
+        @hookimpl
+        def tune(self, run: Any) -> Any:
+            with trial(run) as attempt:
+                attempt.reload()
+                sizes.append([len(group["params"]) for group in run.optimizers[0].param_groups])
+            run.reload()
+            sizes.append([len(group["params"]) for group in run.optimizers[0].param_groups])
+            return {}
+
+    Trainer(max_epochs=1, root_dir=tmp_path, plugins=[Freeze(**STAGED), Tunes()]).tune(Net(), loader())
+    assert sizes == [[2, 2, 2, 4]] * 2, "the head, two layers of epoch 1, the rest of epoch 3"
+
+
+def test_a_learning_rate_is_looked_for_with_the_parts_that_are_frozen_in_the_fit(tmp_path: Any) -> None:
+    from torchplug_lr_finder import LearningRateFinder, lr_find
+
+    finder, module = LearningRateFinder(steps=12), Net()
+    fit(tmp_path, Net(), Freeze(**STAGED), finder)
+    seed_everything(5)
+    found = lr_find(Trainer(root_dir=tmp_path, plugins=[Freeze(**STAGED)]), module, loader(), steps=12)
+    assert finder.result is not None and found.losses == finder.result.losses
+    assert all(parameter.requires_grad for parameter in module.parameters()) and differing(module.state_dict(), START) == set()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_rates_that_are_scaled_with_the_batch_size_keep_their_ratios(tmp_path: Any, place: int) -> None:
+    plugins: list[Any] = [Freeze(**STAGED)]
+    plugins.insert(place, {"batch_size_finder": {"init": 6, "max": 6, "scale_lr": "linear", "evaluate": False}})
+    run = fit(tmp_path, Net(), *plugins, max_epochs=1)
+    rates = [group["lr"] for group in run.optimizers[0].param_groups]
+    assert rates == pytest.approx([0.2, 0.1, 0.1, 0.02]), "twice those of batches of 3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [{"ddp": {"start_method": "fork"}}, {"fsdp": {"start_method": "fork", "wrap": ["Linear"]}}], ids=str)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_ranks_train_what_one_process_trains(tmp_path: Any, strategy: Any) -> None:
+    """Without BatchNorm and dropout, which see the samples of their rank alone."""
+
+    class Plain(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net["backbone"] = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    stages = {"frozen": ["net.backbone"], "unfreeze": {1: {"net.backbone.2": 0.05}, 3: ["net.backbone"]}}
+    options: dict[str, Any] = {"max_epochs": 5, "accelerator": "cpu"}
+    seed_everything(1)
+    one, two = Plain(), Plain()
+    two.load_state_dict(one.state_dict())
+    fit(tmp_path, one, Freeze(**stages), data=DataLoader(TensorDataset(X), 6), **options)
+    fit(tmp_path, two, Freeze(**stages), data=DataLoader(TensorDataset(X), 3), strategy=strategy, devices=2, **options)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert all(parameter.requires_grad for parameter in two.parameters())
 
 
 def test_keys_that_are_texts_as_in_json_are_epochs() -> None:

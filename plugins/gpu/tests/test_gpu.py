@@ -24,7 +24,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_gpu import AHEAD, Gpu, _choose, _Transfer
 
-torch.set_num_threads(1)
 NAMES = ["NVIDIA A", "NVIDIA B", "NVIDIA C"]
 
 

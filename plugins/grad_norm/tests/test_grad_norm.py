@@ -13,7 +13,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_grad_norm import GradNorm
 
-torch.set_num_threads(1)
 INF = math.inf
 
 

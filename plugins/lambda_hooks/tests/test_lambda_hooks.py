@@ -13,7 +13,6 @@ from torchplug.hookspecs import Hooks
 from torchplug.testing import check_plugin
 from torchplug_lambda_hooks import LambdaHooks
 
-torch.set_num_threads(1)
 BATCHES = [torch.full((1, 2), float(i)) for i in range(3)]
 EVERY = [name for name, each in vars(Hooks).items() if inspect.isfunction(each)]
 ended: list[int] = []

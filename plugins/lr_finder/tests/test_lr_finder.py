@@ -20,8 +20,6 @@ from torchplug import Module, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_lr_finder import METHODS, LearningRateFinder, RangeTest, lr_find
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -662,6 +660,21 @@ def test_methods_on_a_curve_that_was_drawn_by_hand():
 )
 def test_options_out_of_range_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
+        LearningRateFinder(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"at_epochs": 3}, r"at_epochs must be a list of epochs, counted from 0, got 3; write \[0, 5\] for two of them"),
+        ({"at_epochs": [0, -1]}, "at_epochs must be a list of epochs"),
+        ({"at_epochs": ["0"]}, "at_epochs must be a list of epochs"),
+        ({"steps": 50.0}, "steps must be a whole number, got 50.0"),
+        ({"max_lr": True}, "max_lr must be a number, got True"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, text):
+    with pytest.raises(TypeError, match=text):
         LearningRateFinder(**options)
 
 

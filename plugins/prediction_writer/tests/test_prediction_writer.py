@@ -17,7 +17,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_prediction_writer import PredictionWriter
 
-torch.set_num_threads(1)
 Pair = namedtuple("Pair", "low high")
 
 
@@ -277,6 +276,16 @@ def test_earlier_predictions_are_an_error_unless_they_may_be_deleted(tmp_path: P
     assert len(names(tmp_path / "out")) == 4 + len(own) + 1
     predict(tmp_path, Net(), loader(4), PredictionWriter(dir=str(tmp_path / "out"), overwrite=True))
     assert names(tmp_path / "out") == sorted(["notes.txt", "rank0-loader0-batch000000.pt", *(path.name for path in own)])
+
+
+def test_a_trial_run_leaves_nothing_behind_and_deletes_nothing(tmp_path: Path) -> None:
+    predict(tmp_path, Net(), loader(), PredictionWriter(dir=tmp_path / "out"))
+    there = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
+    for options in ({}, {"overwrite": True}):
+        writer = PredictionWriter(dir=tmp_path / "out", **options)
+        Trainer(root_dir=tmp_path / "trial", fast_dev_run=True, plugins=[writer]).predict(Net(), loader())
+        assert writer.files == 1
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == there and len(there) == 3
 
 
 def test_a_prediction_that_fails_leaves_whole_files_alone(tmp_path: Path) -> None:

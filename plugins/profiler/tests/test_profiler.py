@@ -15,8 +15,6 @@ from torchplug import Module, PluginError, Trainer, hookimpl
 from torchplug.testing import check_plugin
 from torchplug_profiler import Profiler
 
-torch.set_num_threads(1)
-
 
 class Clock:
     """Time as the test tells it, in seconds."""

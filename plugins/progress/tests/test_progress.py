@@ -434,6 +434,16 @@ def test_max_steps_shortens_the_bar_of_the_last_epoch_and_says_where_it_stopped(
     assert terminal.screen[0].startswith("epoch 1: stopped after 14 batches, step 7, shown 13.00")
 
 
+def test_the_bar_of_the_last_epoch_knows_a_schedule_of_windows(terminal):
+    class Windows:
+        @hookimpl
+        def setup(self, run):
+            run.accumulation = lambda epoch: 2
+
+    terminal.trainer(Progress(rate=1e9), Windows(), max_epochs=None, max_steps=7).fit(Net(), BATCHES * 4)
+    assert set(re.findall(r"epoch 1 [━╸╺]+ +\d+/(\d+)", terminal.drawn)) == {"14"}
+
+
 def test_rate_counts_optimizer_steps_and_time_left_counts_batches_and_neither_counts_validation(terminal, monkeypatch):
     clock = Clock(monkeypatch)
     net = Net(clock.tick(0.5), clock.tick(100.0))

@@ -19,8 +19,6 @@ from torchplug import Module, PluginError, Trainer, checkpoint, hookimpl, seed_e
 from torchplug.distributed import RankFailed
 from torchplug.testing import check_plugin
 
-torch.set_num_threads(1)
-
 
 def data(samples: int) -> TensorDataset:
     x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,6 @@ from torchplug.checkpoint import load
 from torchplug.testing import check_plugin
 from torchplug_swa import Swa
 
-torch.set_num_threads(1)
 BATCHES = 6
 
 

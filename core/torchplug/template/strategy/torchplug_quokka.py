@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torchplug import Module, Run, hookimpl
-from torchplug.distributed import Ranks
+from torchplug.distributed import Ranks, same
 
 __all__ = ["Quokka"]
 
@@ -46,14 +46,14 @@ class Quokka(Ranks):
         """Once: core, or a plugin behind this one, has moved the module to its device; every rank begins with the same numbers."""
         module = yield
         if run.world_size > 1:
-            same(chain(module.parameters(), module.buffers()))
+            same(chain(module.parameters(), module.buffers()), run.device)
         return module
 
     @hookimpl(wrapper=True)
     def evaluate(self, run: Run, stage: str) -> Generator[None, Any, Any]:
         """Around each evaluation: buffers, such as the statistics of BatchNorm, went their own ways on each rank."""
         if run.world_size > 1 and not run.alone:
-            same(run.module.buffers())
+            same(run.module.buffers(), run.device)
         return (yield)
 
     @hookimpl
@@ -78,11 +78,3 @@ class Quokka(Ranks):
             exchanged = gradient.to(torch.bfloat16 if self.exchange == "bf16" else gradient.dtype).contiguous()
             dist.all_reduce(exchanged)
             parameter.grad = gradient.copy_(exchanged).div_(dist.get_world_size())
-
-
-def same(tensors: Iterable[Tensor]) -> None:
-    """Every rank takes the values of rank 0."""
-    for tensor in tensors:
-        values = tensor.detach().contiguous()
-        dist.broadcast(values, 0)
-        tensor.detach().copy_(values)
