@@ -463,6 +463,7 @@ def test_something_else_than_a_module_is_named(value: Any, trainer: Any) -> None
         trainer().fit(value)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.13 of itself
 def test_a_compiled_module_says_how_to_compile_instead(tiny: Any, trainer: Any) -> None:
     with pytest.raises(TypeError, match=r"trainer.fit needs a torchplug.Module, got OptimizedModule; call module.compile\(\)"):
         trainer().fit(torch.compile(tiny()))

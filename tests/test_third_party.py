@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import venv
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 from hatchling.build import build_wheel
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = sorted(file.parent for file in (ROOT / "plugins").glob("*/pyproject.toml"))
 
 pytestmark = pytest.mark.slow
 
@@ -176,17 +174,3 @@ def test_its_mistakes_are_told_with_package_and_version(result: Any) -> None:
     assert result["error"] == (
         "plugin 'my_thing' (acme-my-thing 2.3.4): no option 'facter', did you mean 'factor'? (options: factor, on_error)"
     )
-
-
-@pytest.mark.parametrize("folder", PLUGINS, ids=lambda folder: folder.name)
-def test_the_wheel_of_a_plugin_holds_its_module_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(build(folder, tmp_path)) as wheel:
-        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert names and all(name.split("/")[0].removesuffix(".py") == f"torchplug_{folder.name}" for name in names)
-
-
-def test_the_wheel_of_core_holds_core_and_its_type_marker(tmp_path: Path) -> None:
-    with zipfile.ZipFile(build(ROOT, tmp_path)) as wheel:
-        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert {"torchplug/__init__.py", "torchplug/py.typed"} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"torchplug", "torchplug_pytest.py"}

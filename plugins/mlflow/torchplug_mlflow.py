@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from torchplug import Run, hookimpl
 from torchplug.tracking import Mark, Place, Reader, Record, Refused, Tracker
@@ -482,8 +482,12 @@ def _database(root: Path) -> str:
     root.mkdir(parents=True, exist_ok=True)
     path = root / "mlflow.db"
     sqlite3.connect(path).close()
-    text = re.sub(r"\?|%(?=[0-9A-Fa-f]{2})", lambda match: f"%{ord(match[0]):X}", path.as_posix())  # SQLAlchemy decodes these
-    return f"sqlite:///{text}"
+    from sqlalchemy import make_url
+
+    text = re.sub(r"\?|%(?=[0-9A-Fa-f]{2})", lambda match: f"%{ord(match[0]):X}", path.as_posix())  # SQLAlchemy 2.1 decodes these
+    if make_url(f"sqlite:///{text}").database == path.as_posix():
+        return f"sqlite:///{text}"
+    return f"sqlite:///file:{quote(path.as_posix())}?uri=true"  # SQLite decodes what SQLAlchemy up to 2.0 leaves as it is
 
 
 @contextmanager

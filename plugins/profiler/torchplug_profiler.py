@@ -89,7 +89,7 @@ class Profiler:
     spent: dict[tuple[str, str], Spent] = field(init=False, default_factory=dict, repr=False)
     seconds: float = field(init=False, default=0.0, repr=False)
     _threads: dict[int, _Thread] = field(init=False, default_factory=dict, repr=False)
-    _calls: list[tuple[int, tuple[str, str], int, int]] = field(init=False, default_factory=list, repr=False)
+    _calls: list[tuple[int, str, str, int, int]] = field(init=False, default_factory=list, repr=False)
     _kept: set[str] = field(init=False, default_factory=set, repr=False)  # the files of earlier runs
     _left_out: int = field(init=False, default=0, repr=False)
     _begin: int = field(init=False, default=0, repr=False)
@@ -153,7 +153,7 @@ class Profiler:
         if not self.timeline:
             return
         if len(self._calls) < self.max_calls:
-            self._calls.append((threading.get_ident(), key, begin, end))
+            self._calls.append((threading.get_ident(), *key, begin, end))
         else:
             self._left_out += 1
 
@@ -220,7 +220,7 @@ class Profiler:
         with path.open("w", encoding="utf-8") as file:
             name = {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
             file.write('{"displayTimeUnit": "ms", "traceEvents": [\n' + json.dumps(name))
-            for thread, (member, hook), begin, end in self._calls:
+            for thread, member, hook, begin, end in self._calls:
                 event = {
                     "name": f"{member} {hook}", "cat": member, "ph": "X", "pid": rank, "tid": thread,
                     "ts": (begin - self._begin) / 1e3, "dur": (end - begin) / 1e3,

@@ -345,7 +345,7 @@ def test_what_cannot_be_together_is_refused(tmp_path: Any) -> None:
 
     class Searching(Net):
         def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
+            return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
     with pytest.raises(ValueError, match=r"an optimizer that evaluates the loss itself .LBFGS. needs one batch at a time"):
         fit(tmp_path, Searching(), schedule(scheduling={0: 2}))

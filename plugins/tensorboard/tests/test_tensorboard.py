@@ -408,7 +408,7 @@ class Deep(Net):
 
 
 warns_of_tracing = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.trace.*` is deprecated:FutureWarning",
+    "ignore:`torch.jit.trace.*` is deprecated",
     "ignore:.*trace:torch.jit.TracerWarning",
 )  # torch's own words on the way that it has for graphs
 
