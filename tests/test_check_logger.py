@@ -304,6 +304,7 @@ def each_wrong() -> Iterator[Any]:
         seen.add(check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", list(each_wrong()))
 def test_a_mistake_fails_the_check_that_is_made_for_it_and_the_remedy_is_said(wrong: str, install: Any, case: Case) -> None:
     changed, check, text = WRONG[wrong]
@@ -327,6 +328,7 @@ def test_every_check_has_a_mistake_that_it_finds() -> None:
     assert all(check.__doc__ for check in CHECKS)
 
 
+@pytest.mark.slow
 def test_an_end_that_waits_too_long_for_what_is_down_is_said(install: Any, case: Case, monkeypatch: Any) -> None:
     install(GOOD, LONG_CLOSE.replace("3.5", "1.5"))
     monkeypatch.setattr(outages, "SLACK", -4.0)  # 1 s in all
@@ -469,6 +471,7 @@ def test_a_logger_that_is_switched_off_is_told_of_in_one_line(install: Any, case
 # ---------------------------------------------------------------------- good ones
 
 
+@pytest.mark.slow
 def test_a_good_logger_passes_and_a_summary_is_printed(install: Any, capsys: Any) -> None:
     install(GOOD)
     report = check_logger("tried", read=read)
@@ -476,6 +479,7 @@ def test_a_good_logger_passes_and_a_summary_is_printed(install: Any, capsys: Any
     assert capsys.readouterr().out == f"plugin 'tried' (torchplug-tried 1.0) as a logger: {len(CHECKS)} of {len(CHECKS)} checks passed\n"
 
 
+@pytest.mark.slow
 def test_a_good_logger_that_writes_by_itself_passes(install: Any) -> None:
     install(DIRECT)
     assert len(check_logger("tried", read=read).passed) == len(CHECKS)
@@ -563,6 +567,7 @@ def test_a_logger_that_ends_the_run_when_it_fails_is_told_how_not_to(install: An
     assert 'write on_error = "disable" in the class' in "\n".join(outages.an_outage_loses_nothing(case))
 
 
+@pytest.mark.slow
 def test_a_logger_that_takes_long_in_the_training_thread_fails(install: Any, case: Case, monkeypatch: Any) -> None:
     install(DIRECT, """
         class Slow(Logger):

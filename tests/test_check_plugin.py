@@ -105,6 +105,7 @@ def failures(**options: Any) -> dict[str, str]:
     return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
 
 
+@pytest.mark.slow
 def test_a_good_plugin_passes_them_all(counter: Any, capsys: pytest.CaptureFixture[str]) -> None:
     counter(beside=("lr_monitor", "early_stopping"))
     report = check_plugin("counter", every=2)
@@ -118,6 +119,7 @@ def test_a_good_plugin_passes_them_all(counter: Any, capsys: pytest.CaptureFixtu
     assert re.search(r"costs (less than the noise of this machine, )?\d+\.\d us per step \(a bare step of .* takes \d+\.\d us\)", shown)
 
 
+@pytest.mark.slow
 def test_an_observer_is_held_to_that(counter: Any) -> None:
     counter(("every: int = 1", 'on_error = "disable"\n        every: int = 1'))
     report = check_plugin("counter")
@@ -268,6 +270,7 @@ def each_broken() -> Iterator[Any]:
         seen.add(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(each_broken()))
 def test_a_plugin_that_is_broken_in_one_way_fails_one_check_which_says_what_to_do(case: str, counter: Any) -> None:
     check, changes, options, words = BROKEN[case]
@@ -278,6 +281,7 @@ def test_a_plugin_that_is_broken_in_one_way_fails_one_check_which_says_what_to_d
         assert text in found[check]
 
 
+@pytest.mark.slow
 def test_what_depends_on_time_is_found_by_all_that_compare(counter: Any) -> None:
     noise = "run.module.layer.weight.data.add_((time.time_ns() // 1000 % 1000) * 1e-4)"
     counter(method(f"def on_train_end(self, run: Run) -> None:\n    {noise}"))
@@ -293,6 +297,7 @@ def test_every_check_has_a_plugin_that_fails_it() -> None:
     assert names - broken == {"a step costs"}, "it measures, and demands nothing"
 
 
+@pytest.mark.slow
 def test_a_tear_down_that_fails_is_found_where_errors_switch_the_plugin_off(counter: Any) -> None:
     counter(
         ("every: int = 1", 'on_error = "disable"\n        every: int = 1'),
@@ -323,11 +328,13 @@ def test_processes_are_spawned_where_an_accelerator_cannot_be_forked(monkeypatch
     assert {"a killed run goes on as if nothing had happened", "it trains on two ranks"} <= set(report.passed)
 
 
+@pytest.mark.slow
 def test_all_that_is_wrong_is_told_at_once(counter: Any) -> None:
     counter(("kw_only=True, ", ""), method("def on_before_backward(self, loss) -> None:\n    float(loss.detach())"))
     assert list(failures()) == ["every option is documented", "nothing is read back between logging steps"]
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_step_is_measured(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CHECKS", (manners.a_step_costs,))
     counter(method("def on_before_backward(self, loss) -> None:\n    time.sleep(0.003)"))
@@ -378,11 +385,13 @@ def test_a_missing_option_is_said_and_nothing_else(counter: Any) -> None:
     assert list(found) == [BUILT] and "option 'every' must be given" in found[BUILT]
 
 
+@pytest.mark.slow
 def test_an_option_that_is_compared_before_its_type_is_known_is_named_by_core(counter: Any) -> None:
     counter(("            pass\n", "            if self.every < 1:\n                raise ValueError('too few')\n"))
     assert "every option is checked" in check_plugin("counter").passed
 
 
+@pytest.mark.slow
 def test_neighbours_with_the_same_trouble_are_told_of_in_one_line(counter: Any) -> None:
     beside = ("early_stopping", "grad_norm", "lr_monitor", "summary", "throughput")
     never = f"if set(run.plugins) & set({beside}):\n                raise RuntimeError('no')"

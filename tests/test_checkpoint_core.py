@@ -210,6 +210,7 @@ nested = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(state=st.dictionaries(st.text(alphabet="ab.$[]01", max_size=4), nested, max_size=4))
 def test_any_nesting_comes_back(state: dict[str, Any], tmp_path_factory: Any) -> None:
@@ -409,6 +410,7 @@ def test_a_flipped_bit_is_found_and_the_entry_is_named(name: str, offset: int, s
         load(small)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_anywhere_is_taken_for_good(small: Path) -> None:
     """Each byte of the file in turn: the state is refused in clear words, or it is the right one all the same."""
     state = load(small)
@@ -673,6 +675,7 @@ def test_two_threads_do_not_write_the_same_file_at_a_time(path: Path) -> None:
     write(path, {"value": 1})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_from_any_thread_and_while_the_interpreter_ends(path: Path) -> None:
     code = """
 import sys, torch

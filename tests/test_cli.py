@@ -99,6 +99,7 @@ def test_a_misspelt_name_is_answered_with_the_closest_and_exit_code_2(capsys):
     assert "'max_epoch' is neither a Trainer argument nor an installed plugin, did you mean 'max_epochs'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "torchplug", "explain", "seed"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("seed: int | None (at least 0), default None.")

@@ -738,6 +738,7 @@ def test_each_rank_goes_on_after_any_batch(kind: str) -> None:
             assert list(chain(*steps)) == [(3 * place + epoch) % SAMPLES for place in range(1, SAMPLES + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("kind", ["own generator", "batches"])
 def test_each_rank_goes_on_with_workers(kind: str, persistent: bool) -> None:

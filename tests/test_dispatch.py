@@ -116,6 +116,7 @@ def members_of(plugins: list[dict[str, Step]], trace: list[Any]) -> list[Member]
     return [Member(f"p{i}", make_plugin(f"p{i}", each, trace)) for i, each in enumerate(plugins)]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(steps(PLAIN_HOOKS), max_size=5))
 def test_a_dispatched_call_equals_pluggys_own_call(plugins: list[dict[str, Step]]) -> None:
@@ -163,6 +164,7 @@ class Watcher:
         assert self.running >= 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(steps(PLAIN_HOOKS), max_size=5))
 def test_a_watcher_hears_of_every_call_and_changes_nothing(plugins: list[dict[str, Step]]) -> None:
@@ -206,6 +208,7 @@ def test_plugins_are_called_in_the_order_of_the_list(plugins: list[dict[str, Ste
         assert [name for name, _ in called] == reached
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(steps(sorted(CLOSING), wrappers=False), max_size=6))
 def test_a_closing_hook_reaches_everybody_in_reverse_and_raises_the_first_error(plugins: list[dict[str, Step]]) -> None:

@@ -401,6 +401,7 @@ def test_an_error_in_a_validation_step_says_in_which_stage_it_was(tiny: Any, tra
         assert f"while in stage {stage}: epoch 0" in _notes(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_validation_loader_may_need_what_the_training_loader_makes(sanity: int, tiny: Any, trainer: Any, loader: Any) -> None:
     class Split(tiny.Module):
@@ -463,6 +464,7 @@ def test_something_else_than_a_module_is_named(value: Any, trainer: Any) -> None
         trainer().fit(value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.13 of itself
 def test_a_compiled_module_says_how_to_compile_instead(tiny: Any, trainer: Any) -> None:
     with pytest.raises(TypeError, match=r"trainer.fit needs a torchplug.Module, got OptimizedModule; call module.compile\(\)"):

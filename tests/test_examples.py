@@ -23,6 +23,8 @@ from torchplug.checkpoint import verify
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FASHION_MNIST = Path(os.environ.get("TORCHPLUG_FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
+QUICK = ("quickstart", "fashion_mnist", "own_plugin")
+
 Check = Callable[[str, Path], None]
 CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {}  # example -> its arguments, and what must hold for its output
 
@@ -79,7 +81,10 @@ def fashion_mnist() -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")  # MLflow's own
-@pytest.mark.parametrize("name", sorted(each.stem for each in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(each.stem for each in EXAMPLES.glob("*.py"))],
+)
 def test_example_runs_and_keeps_its_promise(name: str, tmp_path: Path) -> None:
     if name not in CHECKS:
         pytest.fail(f"examples/{name}.py has no check: write one here with @example({name!r})")
@@ -209,6 +214,7 @@ def module(name: str) -> Any:
     return loaded
 
 
+@pytest.mark.slow
 def test_fashion_mnist_without_data_reads_what_torchvision_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = tmp_path / "data/FashionMNIST/raw"  # torchvision finds it here and downloads nothing
@@ -248,6 +254,7 @@ def test_fashion_mnist_fails_if_the_trainings_differ(what: str, tmp_path: Path, 
 # ---------------------------------------------------------------------- more of own_plugin
 
 
+@pytest.mark.slow
 def test_own_plugin_becomes_a_package_in_the_way_it_says(tmp_path: Path) -> None:
     source = (EXAMPLES / "own_plugin.py").read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()

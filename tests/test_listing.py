@@ -152,6 +152,7 @@ def test_the_version_is_said(capsys) -> None:
     assert capsys.readouterr().out == f"torchplug {torchplug.__version__}\n"
 
 
+@pytest.mark.slow
 def test_who_reads_may_stop_reading() -> None:
     code = "import sys; from torchplug.cli import main; sys.exit(main(['explain']))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

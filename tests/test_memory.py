@@ -377,6 +377,7 @@ def test_memory_is_flat_from_step_1000_to_10000(work: str, tmp_path: Any, progra
     assert grown["bytes"] <= 8 * 2**20
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_few_hundred_steps(tmp_path: Any, programs: Any) -> None:
     """The same in short, for every run of the tests."""
     grown = _grown(programs, "epochs", 50, 400, tmp_path)

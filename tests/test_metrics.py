@@ -506,6 +506,7 @@ def test_a_metric_object_logged_at_the_end_of_an_epoch_is_computed_and_reset_the
     assert (total.computed, total.resets) == (2, 2)
 
 
+@pytest.mark.slow
 def test_torchmetrics_work(tiny: Any, trainer: Any) -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 

@@ -111,6 +111,7 @@ def trainer(*plugins: Any, world: int = 2, **options: Any) -> Trainer:
 # ---------------------------------------------------------------------- what comes back
 
 
+@pytest.mark.slow
 def test_fit_test_predict_and_another_fit_go_on_as_in_one_process(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -147,6 +148,7 @@ def test_fit_test_predict_and_another_fit_go_on_as_in_one_process(
     assert multiprocessing.active_children() == [] and [*temporary.glob("torchplug*"), *temporary.glob("torchelastic*")] == []
 
 
+@pytest.mark.slow
 def test_what_a_notebook_defines_needs_no_pickling(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     notebook = ModuleType("__main__")  # without __file__
     monkeypatch.setitem(sys.modules, "__main__", notebook)
@@ -179,6 +181,7 @@ trainer.fit(net, DataLoader(TensorDataset(torch.randn(32, 4)), 4))
 # ---------------------------------------------------------------------- ways to end
 
 
+@pytest.mark.slow
 def test_one_rank_s_wish_to_stop_stops_all_after_the_same_step() -> None:
     note = lambda net: setattr(net, "opened", str(signal.getsignal(signal.SIGQUIT)))  # noqa: E731
     net = Net(at={0: note, 1: lambda net: net.run.request_stop("enough")})
@@ -189,6 +192,7 @@ def test_one_rank_s_wish_to_stop_stops_all_after_the_same_step() -> None:
     assert (one.run.stop_reason, one.run.position.step, one.run.position.samples) == ("enough", 4, 32)  # the next logging step
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_its_exit_code() -> None:
     one = trainer("checkpoint", max_epochs=9)
     with pytest.raises(SystemExit) as ended:
@@ -199,6 +203,7 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_its_exit_code() -> N
     assert state["position"]["step"] == 4 and multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_one_rank_ends_all() -> None:
     one = trainer(max_epochs=9)
     with pytest.raises(KeyboardInterrupt):
@@ -206,6 +211,7 @@ def test_ctrl_c_to_one_rank_ends_all() -> None:
     assert one.run is not None and one.run.position.step == 4
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_and_is_printed_first(capfd: pytest.CaptureFixture[str]) -> None:
     def fail(net: Any) -> None:
         raise LookupError("rank 1 has had it")
@@ -220,6 +226,7 @@ def test_an_error_on_one_rank_ends_all_and_is_printed_first(capfd: pytest.Captur
     assert "failed (exitcode" not in printed
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_is_named() -> None:
     with pytest.raises(RankFailed, match="rank 1 was ended by SIGKILL"):
         trainer().fit(Net(at={1: lambda net: os.kill(os.getpid(), signal.SIGKILL)}), DataLoader(data(), 4))

@@ -283,6 +283,7 @@ def remembering() -> list[Any]:
     return [Average(), Monitor()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -399,6 +400,7 @@ class ManualWindows(Manual):
     every = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Plain, Lbfgs, Two, Manual, ManualWindows])
 def test_every_kind_of_optimization_goes_on_bit_for_bit(make: Any, fit: Fit, tmp_path: Path) -> None:
     goes_on(fit, tmp_path / "saved", BOUNDARIES, make)
@@ -495,6 +497,7 @@ class Measured(Plain):
         self.several.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*update.*")
 def test_the_sums_of_torchmetrics_go_on_bit_for_bit(fit: Fit, tmp_path: Path) -> None:
     goes_on(fit, tmp_path / "saved", BOUNDARIES, Measured)

@@ -164,6 +164,7 @@ def test_a_rank_that_is_killed_is_said_and_the_other_one_ended() -> None:
         two_ranks(die)
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_ever_are_ended_and_it_is_said_where_they_were(tmp_path: Path) -> None:
     def wait() -> None:
         (tmp_path / f"{dist.get_rank()}").write_text(str(os.getpid()))
@@ -225,6 +226,7 @@ NOTHING = """
 OPTIONS = ["-q", "-p", "no:cacheprovider", "test_it.py"]
 
 
+@pytest.mark.slow
 def test_pytest_has_the_fixtures_wherever_torchplug_is_installed(tmp_path: Path, programs: Any) -> None:
     (tmp_path / "test_it.py").write_text(textwrap.dedent(TESTS))
     done = programs.run(f"import pytest\nraise SystemExit(pytest.main({OPTIONS}))", cwd=tmp_path)

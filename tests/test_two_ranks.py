@@ -504,6 +504,7 @@ def names() -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_a_run_of_two_ranks_has_every_plugin_do_what_it_does_in_one_process(
     name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,6 +41,7 @@ clauses = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.lists(clauses, min_size=1, max_size=2), joined(public, local))
 def test_ranges_mean_what_pip_takes_them_to_mean(listed: list[str], version: str) -> None:

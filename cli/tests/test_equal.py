@@ -123,6 +123,7 @@ def test_nothing_said_is_nothing_said(fields):
     compare(Config({}).trainer(), Trainer(), fields)
 
 
+@pytest.mark.slow
 def test_the_file_of_a_run_builds_it_again_even_where_plugins_work_on_their_options(project, fields):
     """A plugin that resolved an option in the run, and kept the result in its place, would be another plugin next time."""
     alone = ("swa", "batch_size_finder", "mlflow", "wandb", "gpu", "ddp", "fsdp", "ray", "profiler", "freeze")

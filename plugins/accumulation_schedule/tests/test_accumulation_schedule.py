@@ -83,6 +83,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("accumulation_schedule", scheduling={0: 1, 1: 2})
 

@@ -203,6 +203,7 @@ def reachable(mode: str, init: int, limit: int) -> set[int]:
     return {size for size in sizes if size <= limit}
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("batch_size_finder", max=2)
 

@@ -94,6 +94,7 @@ def folder(tmp_path_factory):
 # ---------------------------------------------------------------------- the best
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("checkpoint", monitor="val_loss")
 

@@ -95,6 +95,7 @@ def alone(monkeypatch, folder):
         monkeypatch.setattr(Local, name, touch)
 
 
+@pytest.mark.slow
 def test_rank_0_alone_touches_the_folder_and_everybody_knows_what_is_in_it(tmp_path, monkeypatch):
     """A foreign `last`, a name that is taken, a write that is slow: what rank 0 finds must not make ranks part."""
     alone(monkeypatch, tmp_path)
@@ -145,6 +146,7 @@ class Unlike:
         time.sleep(0.03 * (1 + run.rank))
 
 
+@pytest.mark.slow
 def test_a_time_that_has_passed_is_the_same_on_all_ranks(tmp_path):
     fit(tmp_path, Checkpoint(every_time="0.2s", top_k=-1), Unlike(), Listener(tmp_path), epochs=2)
     first, second = said(tmp_path)
@@ -209,6 +211,7 @@ def test_an_emergency_checkpoint_needs_no_other_rank_and_hides_no_error(tmp_path
     assert rest.run.position.step == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [True, False])
 def test_a_write_that_fails_on_rank_0_is_the_error_of_all(tmp_path, monkeypatch, background):
     original = Saver._put

@@ -79,6 +79,7 @@ def call(table, metrics, step=1):
     return run
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("csv")
 
@@ -96,6 +97,7 @@ def test_there_is_a_row_for_each_record_with_exactly_its_values(tmp_path):
         assert {name: float(value) for name, value in filled.items()} == record
 
 
+@pytest.mark.slow
 def test_it_keeps_every_promise_of_a_logger():
     def stored(run_dir):
         rows = [({name: row.pop(name) for name in FIXED}, row) for row in read(run_dir / "metrics.csv")]
@@ -301,6 +303,7 @@ def test_a_run_that_was_killed_and_goes_on_has_the_rows_of_one_that_was_not_and_
     assert moved and rows(whole)[kept : kept + len(moved)] == moved
 
 
+@pytest.mark.slow
 def test_rows_of_several_kills_are_kept_together_with_the_columns_that_they_need(tmp_path):
     whole = fit(tmp_path / "0").dir
     fit(tmp_path / "0", Killed(1, 2, tmp_path / "1"))

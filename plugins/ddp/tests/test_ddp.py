@@ -470,6 +470,7 @@ def close(one: Any, other: Any, tolerance: float) -> None:
         assert other[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("ddp", timeout="30s")
 

@@ -48,6 +48,7 @@ def fit(path: Any, module: Any, *plugins: Any, **options: Any) -> list[tuple[int
     return records.all
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("device_stats")
 

@@ -63,6 +63,7 @@ def folder(tmp_path_factory):
 # ---------------------------------------------------------------------- patience
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("early_stopping", monitor="val_loss")
 

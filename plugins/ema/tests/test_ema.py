@@ -132,6 +132,7 @@ def assert_equal(one, other):
 # ---------------------------------------------------------------------- the recurrence
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("ema", decay=0.8)
 

@@ -98,6 +98,7 @@ START = {name: value.clone() for name, value in Net().state_dict().items()}
 STAGED = {"frozen": ["net.backbone"], "unfreeze": {1: {"net.backbone.3": 0.05, "net.backbone.4": 0.05}, 3: {"net.backbone": 0.01}}}
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("freeze", frozen=["layer.bias"])
 

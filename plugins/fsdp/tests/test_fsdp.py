@@ -197,10 +197,12 @@ def variants(root: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("fsdp", timeout="30s")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     first, second = ranks(2, variants, tmp_path)
     for name, (net, trainer, _) in VARIANTS.items():
@@ -230,6 +232,7 @@ def saved(root: Path) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_are_whole_or_in_parts_and_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
     alone = fit(tmp_path, saves={8: tmp_path / "alone.safetensors"}, plugins=["ema"])
     whole, goes_on, parts, goes_on_from_parts, from_one = ranks(2, saved, tmp_path)[0]
@@ -356,6 +359,7 @@ def averaged(root: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_averages_of_sharded_parameters_are_those_of_one_process(tmp_path: Path) -> None:
     first, second = ranks(2, averaged, tmp_path)
     for name, plugins in AVERAGES.items():
@@ -460,6 +464,7 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
 # ---------------------------------------------------------------------- from a plain script
 
 
+@pytest.mark.slow
 def test_a_plain_script_gets_whole_weights_back_and_goes_on(tmp_path: Path) -> None:
     strategy = {"fsdp": {"start_method": "fork", "checkpoint": "sharded", "wrap": ["Block"]}}
     options = {"plugins": ["ema", {"checkpoint": {"monitor": "val", "every_n_epochs": 1, "top_k": 2}}], "accelerator": "cpu", "seed": 4}

@@ -188,6 +188,7 @@ def transfer(dtype: torch.dtype | None = None, kind: str = "cpu") -> _Transfer:
 # ---------------------------------------------------------------------- the transfer, in any order of work
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("gpu")
 

@@ -75,6 +75,7 @@ def expected(module: Any, data: list[Tensor], p: float = 2.0) -> dict[str, float
     }
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("grad_norm")
 

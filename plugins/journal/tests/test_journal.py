@@ -88,6 +88,7 @@ def one(records, event):
 # ---------------------------------------------------------------------- what is in it
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("journal")
 
@@ -104,6 +105,7 @@ def test_the_events_of_a_fit_stand_in_the_order_in_which_they_happened(tmp_path)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_keeps_every_promise_of_a_logger():
     def stored(run_dir):
         records = [record for record in read(run_dir) if record["event"] == "log_metrics"]
@@ -426,6 +428,7 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (t.run.dir / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_journal_that_cannot_be_written_is_switched_off_and_training_goes_on(tmp_path, caplog):
     (tmp_path / "taken").write_text("a file")
     t = trainer(tmp_path, journal={"dir": tmp_path / "taken"})

@@ -50,6 +50,7 @@ def _count(run: Run) -> None:
     run.module.epochs = getattr(run.module, "epochs", 0) + 1
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("lambda_hooks", hooks={"on_train_epoch_end": _count})
 

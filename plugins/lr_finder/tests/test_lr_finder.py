@@ -89,6 +89,7 @@ def find(module, tmp_path, **options):
 # ---------------------------------------------------------------------- the curve
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("lr_finder", steps=20)
 

@@ -62,6 +62,7 @@ def decaying(module: Any) -> Any:
     return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"}]
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("lr_monitor")
 

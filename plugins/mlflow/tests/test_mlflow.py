@@ -280,6 +280,7 @@ def test_a_long_name_is_cut_and_stays_different_from_others(name):
     assert one != other and len(other) <= 230 and len(one) <= 250 and (one == name) == (len(name) == 250)
 
 
+@pytest.mark.slow
 def test_many_metrics_in_one_record_are_stored(tmp_path):
     class Many(Net):
         def on_train_epoch_end(self):
@@ -431,6 +432,7 @@ def saved(t):
     return {f"checkpoints/{path.name}" for path in (t.run.dir / "checkpoints").glob("epoch*")}
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_stored_and_removed_with_their_files(tmp_path, monkeypatch):
     monkeypatch.setattr(Mlflow, "interval", 0.02)
 
@@ -486,6 +488,7 @@ def test_a_checkpoint_that_is_gone_already_is_passed_over(tmp_path):
 # ---------------------------------------------------------------------- replay, and going on
 
 
+@pytest.mark.slow
 def test_replay_makes_the_same_run_and_twice_makes_no_difference(tmp_path):
     t = Trainer(plugins=["journal"], max_epochs=1, log_every_n_steps=1, root_dir=tmp_path, accelerator="cpu")
     t.fit(Files(lr=0.5), loader(), loader())
@@ -497,6 +500,7 @@ def test_replay_makes_the_same_run_and_twice_makes_no_difference(tmp_path):
         found.client.delete_tag(found.id, "torchplug.records")  # the second time nobody knows how much is there
 
 
+@pytest.mark.slow
 def test_replay_of_a_live_run_adds_nothing_and_a_moved_run_is_known(tmp_path):
     t = trainer(tmp_path / "here", {"checkpoint": {}})
     t.fit(Net(), loader())
@@ -652,6 +656,7 @@ def test_client_and_run_id_are_mlflows_while_the_run_goes_on(tmp_path):
         _ = t.run.plugins["mlflow"].run_id
 
 
+@pytest.mark.slow
 def test_mlflow_is_imported_when_a_run_starts_and_telemetry_is_off():
     code = """
 import sys, threading
@@ -755,6 +760,7 @@ def test_the_directory_of_all_runs_may_have_any_name(tmp_path, name):
     assert isinstance(found.client, MlflowClient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_folder", "text"), [(True, "unable to open database file"), (False, "file is not a database")])
 def test_a_database_that_cannot_be_opened_is_said_at_once_and_training_goes_on(tmp_path, caplog, is_folder, text):
     (tmp_path / "mlflow.db").unlink()

@@ -56,6 +56,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("prediction_writer")
 
@@ -232,6 +233,7 @@ def test_what_safetensors_cannot_hold_is_an_error(tmp_path: Path, form: Any, wor
 # ---------------------------------------------------------------------- memory, folders, failures
 
 
+@pytest.mark.slow
 def test_nothing_stays_in_memory_when_nothing_is_to_be_returned(tmp_path: Path) -> None:
     import gc
     import weakref

@@ -100,6 +100,7 @@ def fit(path: Path, *plugins: Any, clock: Clock | None = None, module: Module | 
     return trainer
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("profiler")
 

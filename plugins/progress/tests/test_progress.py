@@ -177,6 +177,7 @@ def plain(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------- plain lines
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("progress")
 

@@ -21,6 +21,7 @@ def project():
     return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("standard")
 

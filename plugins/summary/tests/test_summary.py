@@ -73,6 +73,7 @@ def rows(text: str) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------- numbers
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("summary")
 

@@ -145,6 +145,7 @@ def assert_equal(one, other):
 # ---------------------------------------------------------------------- which weights
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("swa", start=1, every_n_steps=1, lr=0.01)
 

@@ -100,6 +100,7 @@ def session(folder, part):
 # ---------------------------------------------------------------------- metrics
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks():
     check_plugin("tensorboard")
 
@@ -492,6 +493,7 @@ def test_what_comes_after_the_end_opens_no_new_file(tmp_path):
     assert len(list((t.run.dir / "tensorboard").glob("*tfevents*"))) == 1
 
 
+@pytest.mark.slow
 def test_closing_waits_no_longer_than_close_timeout(tmp_path, monkeypatch, caplog):
     hangs = threading.Event()
     finish = Events.finish
@@ -510,6 +512,7 @@ def test_closing_waits_no_longer_than_close_timeout(tmp_path, monkeypatch, caplo
             thread.join(10)
 
 
+@pytest.mark.slow
 def test_an_error_while_closing_is_reported(tmp_path, monkeypatch, caplog):
     def broken(events, status):
         raise OSError("disk full")
@@ -519,6 +522,7 @@ def test_an_error_while_closing_is_reported(tmp_path, monkeypatch, caplog):
     assert "not everything was delivered (OSError: disk full)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(tmp_path, caplog):
     (tmp_path / "taken").write_text("a file")
     t = trainer(tmp_path, board={"dir": tmp_path / "taken"})
@@ -546,6 +550,7 @@ def test_a_trial_run_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [] and "tensorboard" not in t.run.report
 
 
+@pytest.mark.slow
 def test_tensorboard_is_imported_only_when_a_run_starts():
     code = "import sys, torchplug; torchplug.Trainer(max_epochs=1, plugins=['tensorboard']); sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -740,6 +745,7 @@ def test_a_run_that_goes_on_elsewhere_is_whole_there(tmp_path):
     assert everything(tmp_path / "board") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["whole", "torn event", "no list", "half a list"])
 def test_what_a_killed_process_wrote_is_found_again_and_the_rest_is_sent(tmp_path, left):
     """Events were written, the list that says so was not; the last one is not whole. A replay then makes it so."""
@@ -762,6 +768,7 @@ def test_what_a_killed_process_wrote_is_found_again_and_the_rest_is_sent(tmp_pat
         assert everything(folder) == whole
 
 
+@pytest.mark.slow
 def test_what_could_not_be_written_is_written_when_the_run_goes_on(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError("no disk")
@@ -800,6 +807,7 @@ def test_points_of_a_validation_that_a_signal_breaks_off_show_once(tmp_path):
     assert everything(folder / "tensorboard") == whole
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, monkeypatch, caplog):
     write, fails = RecordWriter.write, []
 

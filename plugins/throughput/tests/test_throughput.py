@@ -85,6 +85,7 @@ def fit(path: Any, module: Any, data: Any, *plugins: Any, val: Any = None, **opt
     return records
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_checks() -> None:
     check_plugin("throughput", window_size=2, peak_flops=1e12)
 

@@ -224,6 +224,7 @@ def found(server, run_id):
     return dict(values)
 
 
+@pytest.mark.slow
 def test_rows_config_and_exit_code_arrive_and_a_test_goes_on_in_the_same_run(server, tmp_path):
     t = trainer(tmp_path)
     net = Net()

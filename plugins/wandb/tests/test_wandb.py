@@ -190,6 +190,7 @@ def test_it_passes_the_conformance_checks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_of_wandb_is_imported_before_a_run():
     code = "import sys, torchplug_wandb; torchplug_wandb.Wandb(project='p'); sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -214,6 +215,7 @@ def test_a_bad_option_is_an_error_at_once(options, kind, text):
 # ---------------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 def test_rows_are_the_records_of_the_journal_for_fit_validate_and_test(tmp_path):
     t = trainer(tmp_path, max_epochs=2)
     net = Net()
@@ -785,6 +787,7 @@ def test_a_run_that_was_killed_is_made_up_for(tmp_path, programs):
     assert replay(path.parent).sent == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
 def test_rows_are_complete_after_the_process_of_wandb_died(ran):
     out = ran({"mode": "offline"}, kill=True)
