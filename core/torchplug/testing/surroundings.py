@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -99,8 +99,7 @@ class Surroundings:
 
 def _filters() -> list[Any]:
     """The list that `warnings` looks at now."""
-    filters: Any = warnings.filters
-    return filters  # type: ignore[no-any-return]
+    return cast("list[Any]", warnings.filters)
 
 
 def _look() -> dict[str, Any]:
